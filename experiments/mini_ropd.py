@@ -4,8 +4,9 @@ Paper: "Rubric-based On-policy Distillation", arXiv 2605.07396, as released: fou
 mean-centred advantages, token mean, clip 0.2 / 0.28. A step has 32 prompts x 8 rollouts and makes
 64 judge calls.
 
-    opdjax references experiments/mini_ropd.py      # the teacher answers 1,600 prompts four times
     opdjax train experiments/mini_ropd.py --workdir runs/mini_ropd
+
+First the teacher answers 1,600 prompts four times (opdjax references does that alone).
 
 The judge is rule-based and runs in this process on the texts it is sent. Any server with the OpenAI
 protocol can replace it: --api.base-url, --rubricator.model and --verifier.model

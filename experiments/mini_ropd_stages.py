@@ -5,7 +5,6 @@ Papers: SS-GRPO of RubricEM (arXiv 2605.10899, section 3.3) on the rubrics of RO
 2605.07396), without tools, search or a memory bank. An answer such as 34-17=17;17+25=42#42 has
 three stages: up to the semicolon, up to the #, and the rest. Everything else is as in mini_ropd.py.
 
-    opdjax references experiments/mini_ropd_stages.py
     opdjax train experiments/mini_ropd_stages.py --workdir runs/mini_ropd_stages
 
 The paper defines its credit for four stages. `decay` is ours, for three: weight 1 for the stage

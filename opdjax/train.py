@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from opdjax.config import Config
+from opdjax.config import STUDENT, Config
+from opdjax.data.references import ReferenceMissError
 from opdjax.engine.evaluate import evaluate
 from opdjax.engine.update import (
     TrainState,
@@ -28,6 +29,7 @@ from opdjax.engine.update import (
     make_examine,
     make_optimizer,
     make_update,
+    teacher_weights,
 )
 from opdjax.models.decoder import Params
 from opdjax.models.hf_export import export_student
@@ -47,13 +49,17 @@ from opdjax.rollouts.samples import sample_rows
 from opdjax.rollouts.setup import (
     Setup,
     facts,
+    initial_weights,
     load_student,
     prepare,
     sampling_weights,
+    take_over,
     update_spec,
     with_current_teacher,
 )
 from opdjax.rollouts.source import SourceStoppedError, open_source
+from opdjax.rollouts.start import LOGS
+from opdjax.rollouts.write_references import teach as write_references
 from opdjax.runs.checkpoint import Checkpointer
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer, require_trackers
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
@@ -73,7 +79,6 @@ from opdjax.runs.workdir import (
 MAX_NONFINITE_STEPS = 5
 _NUM_ALTERNATIVES = 5  # teacher's tokens shown with each token of samples.jsonl
 _TIMELINE = "timeline-learner.jsonl"  # the learner's activities, if rollouts are sampled ahead
-_LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "rubrics.jsonl", _TIMELINE)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -96,7 +101,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
             # This run is its own generator: no other one may write rollouts here.
             on_process_zero(lambda: resources.enter_context(locked(mirror.directory, "generator")))
         on_process_zero(lambda: require_trackers(config.log.trackers))
-        setup = on_all(lambda: prepare(config))
+        setup = on_all(lambda: _prepared(config))
         run_facts = on_all(lambda: facts(setup))
         is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, config, setup, run_facts))))
         if not is_finished:
@@ -104,6 +109,23 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
             _run(setup, mirror, resources, startup)
         mirror.download_result()
         return read_result(mirror.directory)
+
+
+def _prepared(config: Config) -> Setup:
+    """What the run works with; reference answers that are missing are written first, unless the
+    teacher is behind an API and `teach.auto` is not set, or there are several processes.
+    """
+    try:
+        return prepare(config)
+    except ReferenceMissError as error:
+        if config.teach.model and not config.teach.auto:
+            raise ReferenceMissError(f"{error}, or let train do so with --teach.auto") from error
+        teacher = config.teach.model or config.teacher.path
+        if config.mesh.processes != 1 or teacher == STUDENT:
+            raise
+        print(f"{teacher} writes the missing answers of {config.data.references}", flush=True)
+    write_references(config)
+    return prepare(config)
 
 
 def _check_storage(config: Config, workdir: str | os.PathLike) -> None:
@@ -127,7 +149,7 @@ def _open(mirror: WorkdirMirror, config: Config, setup: Setup, run_facts: dict[s
         if prompts is not None and prompts.skipped:
             print(
                 f"left out {prompts.num_skipped} prompts over {setup.config.data.max_prompt_length}"
-                f" tokens, first {prompts.skipped[0]}"
+                f" tokens, or not readable, first {prompts.skipped[0]}"
             )
     if not (mirror.directory / "result.json").exists():
         mirror.upload()  # other processes see that the run has started
@@ -153,9 +175,10 @@ def _run(
     layout = jax.tree.map(lambda x: x.sharding, state)
     update = make_update(spec, config.optimizer, num_steps, layout)
     examine, behavior_kl = make_examine(spec, _NUM_ALTERNATIVES), make_behavior_kl(spec)
-    first = checkpointer.latest_step or 0
+    latest = checkpointer.latest_step
+    first = latest or config.train.first_step
     if first:
-        state = checkpointer.restore(first, state)
+        state = checkpointer.restore(latest, state) if latest else take_over(setup, workdir, state)
     on_process_zero(lambda: _truncate_logs(setup, workdir, first))
     writer = on_process_zero(lambda: MetricWriter(workdir, last_step=first, config=config))
     if writer is not None:
@@ -182,9 +205,15 @@ def _run(
     resources.callback(progress.close)
     is_stop_requested = resources.enter_context(stop_requests())
     source = resources.enter_context(open_source(setup, workdir, first, is_stop_requested))
+    if config.optimizer.teacher_ema_decay:
+        source.copy_teacher = lambda: weights_of(teacher_weights(state))
     on_process_zero(startup.announce)
     if not first:
         _evaluate(setup, workdir, 0, copy_weights, writer)
+    else:
+        evaluate(setup.evaluator, workdir, 0, partial(initial_weights, setup))
+        if not latest:
+            save(first)  # from now on the optimizer of the other run is not needed
     source.publish(first, copy_weights, timer)
     last = first if _is_out_of_patience(config, workdir, first) else num_steps
     for step in range(first, last):
@@ -196,8 +225,7 @@ def _run(
                 save(step)
             checkpointer.wait()
             raise
-
-        current = with_current_teacher(setup, source.params)
+        current = with_current_teacher(setup, source.teacher_params)
         if _is_due(done, config.log.samples_every) or (config.log.samples_every and done == 1):
             params = copy_weights() if source.params is None else source.params
             rows = sample_rows(current, examine, params, data, done)
@@ -211,8 +239,8 @@ def _run(
         with timer.phase("update"):
             state, metrics = update(state, batch, teacher_head, frozen)
             # The update runs asynchronously: the host works while the device computes.
-            extra |= rollout_metrics(data.rollouts, setup.decoding.stop_token_ids, step)
-            extra |= data.metrics | token_counts(config, data)
+            extra |= rollout_metrics(data.rollouts, setup.decoding, step)
+            extra |= data.metrics | token_counts(config, data, step)
             source.prefetch(done)
             metrics = jax.tree.map(float, jax.device_get(metrics)) | extra
         if step == first:
@@ -250,14 +278,12 @@ def _run(
             save(done, scores)
         if is_stopped:
             checkpointer.wait()
-            raise InterruptedRunError(
-                f"stopped after step {done}, as asked by a signal; the same command continues "
-                f"{mirror.name}"
-            )
+            raise InterruptedRunError(_stop_message(done, checkpointer.latest_step, mirror.name))
         if is_last:
             break
         source.publish(done, copy_weights, timer)
     progress.close()
+    evaluate(setup.evaluator, workdir, int(state.step), copy_weights)  # if no step was taken
     checkpointer.wait()
     _finish(setup, mirror, combine(frozen, state.params), state, spec.dtype)
 
@@ -265,6 +291,14 @@ def _run(
 def _is_due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0: never) happens after this step."""
     return bool(every) and step % every == 0
+
+
+def _stop_message(done: int, latest: int | None, workdir: str) -> str:
+    kept = f"step {latest} is saved" if latest else "nothing is saved yet"
+    return (
+        f"stopped after step {done}, as asked by a signal; {kept}, and the same command continues "
+        f"{workdir}"
+    )
 
 
 def _evaluate(
@@ -295,18 +329,18 @@ def _nonfinite_message(done: int, streak: int, latest: int | None, checkpoints: 
     if latest is None:
         kept = "there is no good checkpoint yet"
     return (
-        f"steps {done - streak + 1} to {done} had no finite loss or gradient; {kept}. Lower the "
-        "learning rate or check the models"
+        f"steps {done - streak + 1} to {done} had no finite loss or gradient; {kept}. Lower "
+        "optimizer.learning_rate or check the models"
     )
 
 
 def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
     """Drop log rows written after the checkpoint we resume from. WorkdirError, before anything is
-    dropped, if the checkpoint or the first evaluation is missing.
+    dropped, if the checkpoint is missing.
     """
     if step:
-        print(f"continuing from step {step}")
-    logs = {name: read_lines(workdir / name) for name in _LOGS}
+        print(f"continuing from step {step} of {setup.config.train.num_steps}")
+    logs = {name: read_lines(workdir / name) for name in LOGS}
     reached = max([row["step"] for row in logs["metrics.jsonl"]], default=0)
     # A run may be killed while it saves its first checkpoint, after a streak of skipped steps.
     possible = 2 * setup.config.checkpoint.every + MAX_NONFINITE_STEPS
@@ -315,14 +349,7 @@ def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
             f"{workdir} has metrics up to step {reached} and no checkpoint; put checkpoints back "
             "or start in a new work directory"
         )
-    wanted = {(0, temperature) for temperature in setup.config.evaluation.temperatures}
-    found = {(row["step"], row["temperature"]) for row in logs["eval.jsonl"]}
-    if step and setup.evaluator is not None and not wanted <= found:
-        raise WorkdirError(
-            f"{workdir / 'eval.jsonl'} lacks the evaluation of step 0, whose parameters are gone; "
-            "put it back or use a new work directory"
-        )
-    for name in _LOGS:
+    for name in LOGS:
         cut_lines(workdir / name, step)
 
 

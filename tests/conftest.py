@@ -1,9 +1,12 @@
 """Simulated devices, a persistent compilation cache, and the judge that many tests share."""
 
 import ctypes
+import fcntl
 import gc
+import json
 import os
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -98,16 +101,51 @@ def judge_server():
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """(work directory of TINY, which nothing disturbed; the compiled updates that it made)."""
+def once(tmp_path_factory):
+    """`once(name, make)`: the directory that `make(directory)` fills, made by one of the processes
+    of the session and read by all.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the workers' common one
+
+    def made(name, make):
+        directory, mark = root / name, root / f"{name}.made"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not mark.exists():
+                shutil.rmtree(directory, ignore_errors=True)  # of a process that failed
+                make(directory)
+                mark.touch()
+        return directory
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+    """Runs of this file that have equal settings share what the first of them traced."""
+    from tiny_runs import shared_programs
+
+    with shared_programs():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(once):
+    """(work directory of TINY, which nothing disturbed; the programs of each update it made)."""
     from tiny_runs import TINY, recorded_updates
 
     from opdjax.train import train
 
-    workdir = tmp_path_factory.mktemp("tiny") / "run"
-    with recorded_updates() as updates:
-        train(TINY, workdir)
-    return workdir, updates
+    def run(directory):
+        with recorded_updates() as updates:
+            train(TINY, directory / "run")
+        counts = [update._cache_size() for update in updates]
+        (directory / "programs.json").write_text(json.dumps(counts))
+
+    directory = once("tiny", run)
+    return directory / "run", json.loads((directory / "programs.json").read_text())
 
 
 @pytest.fixture(scope="session")

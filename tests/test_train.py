@@ -52,6 +52,8 @@ from opdjax.runs.results import read_run
 from opdjax.runs.workdir import WorkdirError, read_lines
 from opdjax.train import NonFiniteLossError, train
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 # An undisturbed run
 
 
@@ -73,8 +75,8 @@ def test_a_run_leaves_a_complete_work_directory(tiny_run):
 
 
 def test_the_update_is_compiled_once(tiny):
-    _, updates = tiny
-    assert [update._cache_size() for update in updates] == [1]
+    _, num_programs = tiny
+    assert num_programs == [1]
 
 
 def test_a_finished_run_is_reported_not_repeated(tiny_run, capsys):
@@ -94,19 +96,18 @@ def test_export_of_any_checkpoint(tiny_run, tmp_path):
 
 
 def test_exporting_keeps_what_a_run_is_writing(tiny_run, tmp_path):
-    unfinished = tiny_run / "checkpoints" / "5.orbax-checkpoint-tmp"
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    unfinished = run / "checkpoints" / "5.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    export_step(tiny_run, "latest", tmp_path / "out", None)
+    export_step(run, "latest", tmp_path / "out", None)
     assert unfinished.exists()
-    unfinished.rmdir()
 
 
 # Interrupted runs
 
 
-@pytest.mark.parametrize(
-    "batch", [pytest.param(1, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("batch", [1, 3, 4])
 def test_an_interrupted_run_ends_like_an_undisturbed_one(batch, tiny_run, tmp_path):
     with interrupted_at(batch):
         train(TINY, tmp_path / "run")
@@ -133,9 +134,11 @@ main.main()
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(tiny_run, tmp_path, capsys):
-    """SIGKILL after the fifth step of a process of its own, then the same run again."""
-    workdir = tmp_path / "run"
-    arguments = ["train", str(save(TINY, tmp_path / "run.json")), "--workdir", str(workdir)]
+    """SIGKILL after the fifth step of a process of its own, then the same run again. Evaluation
+    changes nothing of the training, and these runs do without.
+    """
+    workdir, config = tmp_path / "run", vary(evaluation={"source": None})
+    arguments = ["train", str(save(config, tmp_path / "run.json")), "--workdir", str(workdir)]
     # As many simulated devices as here: they share the threads that split a product.
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, *arguments],
@@ -144,26 +147,61 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tiny_run, tmp_path, capsys):
     )
     assert killed.returncode == -signal.SIGKILL
     assert column(workdir, "step") == [1, 2, 3, 4, 5]
-    train(TINY, workdir)
+    train(config, workdir)
     assert "continuing from step " in capsys.readouterr().out
-    assert_same_run(tiny_run, workdir)
+    assert without_times(workdir) == without_times(tiny_run)
+    assert samples(workdir) == samples(tiny_run)
+    assert_equal_trees(final_weights(workdir), final_weights(tiny_run))
 
 
-def test_a_signal_stops_a_run_after_its_step(tmp_path, monkeypatch):
-    """SIGTERM, as before a preemption: the step is kept, and the same command continues."""
-    real = MetricWriter.write
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+    ids=["preemption", "Ctrl-C"],
+)
+def test_a_signal_stops_a_run_after_its_step_and_it_ends_like_an_undisturbed_one(
+    number, tiny_run, tmp_path, monkeypatch
+):
+    """The step is kept, the error names it, and the same command continues."""
+    real, handlers = MetricWriter.write, [signal.getsignal(n) for n in (number, signal.SIGTERM)]
 
     def write(self, step, metrics):
         real(self, step, metrics)
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(MetricWriter, "write", write)
-    config = vary(evaluation={"source": None}, checkpoint={"every": 100})
-    with pytest.raises(InterruptedRunError, match="stopped after step 3"):
-        train(config, tmp_path / "run")
+    expected = "stopped after step 3.*; step 3 is saved"
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricWriter, "write", write)
+        with pytest.raises(InterruptedRunError, match=expected) as end:
+            train(TINY, tmp_path / "run")
+    assert end.value.exit_status == 128 + number
+    assert handlers == [signal.getsignal(n) for n in (number, signal.SIGTERM)]
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert [name for name in names if name.isdigit()] == ["3"]
+    # Step 3 is not a multiple of `checkpoint.every`.
+    assert sorted(name for name in names if name.isdigit()) == ["2", "3"]
+    train(TINY, tmp_path / "run")
+    assert_same_run(tiny_run, tmp_path / "run")
+
+
+TWICE = """
+import os, signal, time
+from opdjax.ops.multihost import stop_requests
+
+with stop_requests() as is_requested:
+    os.kill(os.getpid(), signal.SIGINT)
+    while not is_requested(0):
+        time.sleep(0.01)
+    print("saving", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+
+
+def test_a_second_interrupt_ends_a_run_at_once():
+    ran = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=50)
+    assert (ran.returncode, ran.stdout) == (130, "saving\n")
+    assert "a second Ctrl-C ends the run at once" in ran.stderr
 
 
 @pytest.mark.long
@@ -194,19 +232,99 @@ def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp
         return batch, head
 
     monkeypatch.setattr(opdjax.train, "scored", poisoned)
-    monkeypatch.setattr(opdjax.train, "MAX_NONFINITE_STEPS", 3)
-    config = vary(
-        train={"num_steps": 9},
-        evaluation={"source": None},
-        log={"samples_every": 0},
-    )
+    monkeypatch.setattr(opdjax.train, "MAX_NONFINITE_STEPS", 2)
+    config = vary(evaluation={"source": None}, log={"samples_every": 0})
     with pytest.raises(
-        NonFiniteLossError, match=r"steps 5 to 7 .*last good checkpoint in .* is step 4"
+        NonFiniteLossError, match=r"steps 5 to 6 .*last good checkpoint in .* is step 4"
     ):
         train(config, tmp_path / "run")
-    assert column(tmp_path / "run", "grad/skipped_steps") == [0, 1, 1, 1, 2, 3, 4]
+    assert column(tmp_path / "run", "grad/skipped_steps") == [0, 1, 1, 1, 2, 3]
     monkeypatch.setattr(opdjax.train, "scored", real)
     assert train(config, tmp_path / "run")["skipped_steps"] == 1
+
+
+# Runs that start from another run
+
+
+def test_a_run_goes_on_from_another_as_if_it_were_that_run(tiny_run, tmp_path):
+    """Weights, optimizer, logs and the evaluation before training are taken over."""
+    train(vary(train={"start_from": f"{tiny_run}@4"}), tmp_path / "run")
+    assert_same_run(tiny_run, tmp_path / "run")
+    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(steps) == [4, 6]
+
+
+@pytest.mark.long
+def test_a_run_takes_the_weights_or_the_optimizer_of_another(tiny_run, tmp_path):
+    taken = {"start_from": f"{tiny_run}@4", "num_steps": 5}
+    fresh = {"optimizer": {"warmup_steps": 0}, "checkpoint": {"every": 10}}
+    weights = vary(train=taken | {"start_with": "student", "num_steps": 1}, **fresh)
+    train(weights, tmp_path / "weights")
+    export_step(tiny_run, "4", tmp_path / "four", None)
+    again = dataclasses.replace(weights, student=ModelConfig(str(tmp_path / "four")))
+    again = vary(again, train={"start_from": None, "start_with": "both"})
+    train(again, tmp_path / "again")
+    assert_same_run(tmp_path / "weights", tmp_path / "again")
+
+    moments = vary(
+        train=taken | {"start_with": "optimizer", "num_steps": 6}, evaluation={"source": None}
+    )
+    train(moments, tmp_path / "optimizer")
+    row, _ = without_times(tmp_path / "optimizer")
+    assert row["step"] == 5
+    # The fifth step's prompts and learning rate, and the weights of the first.
+    assert row["optimizer/learning_rate"] == column(tiny_run, "optimizer/learning_rate")[4]
+
+
+def test_a_finished_run_is_evaluated_otherwise_in_another_directory(tiny_run, tmp_path):
+    changed = vary(evaluation={"temperatures": (0.5,)})
+    with pytest.raises(WorkdirError, match=r"--from .* to go on from this run[^$]*\[0.5\]"):
+        train(changed, tiny_run)
+    config = vary(changed, train={"start_from": str(tiny_run)})
+    result = train(config, tmp_path / "run")
+    scores = result["eval_before"], result["eval_after"]
+    assert [row["temperature"] for row in scores] == [0.5, 0.5]
+    assert result["eval_after"]["greedy"] == read_lines(tiny_run / "eval.jsonl")[-1]["greedy"]
+    assert_equal_trees(final_weights(tiny_run), final_weights(tmp_path / "run"))
+    assert without_times(tiny_run) == without_times(tmp_path / "run")
+
+
+def test_an_evaluation_may_change_while_its_run_continues(tiny_run, tmp_path, capsys):
+    """Its scores are made again, also those before training; the run is otherwise the same."""
+    workdir = tmp_path / "run"
+    with interrupted_at(3):
+        train(TINY, workdir)
+    old = read_lines(workdir / "eval.jsonl")
+    changed = vary(evaluation={"temperatures": (0.5,)})
+    result = train(changed, workdir)
+    line = "evaluation.temperatures: [1.0, 0.5] -> [0.5]"
+    assert f"note: continuing under another {line}" in capsys.readouterr().out
+    assert read_lines(workdir / "eval-1.jsonl") == old
+    assert (result["eval_before"]["temperature"], result["eval_after"]["temperature"]) == (0.5, 0.5)
+    assert result["eval_before"]["greedy"] == old[0]["greedy"]
+    assert without_times(tiny_run) == without_times(workdir)
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["config"]["evaluation"]["temperatures"] == [0.5]
+    assert saved["evaluation_changes"] == [[line]]
+    with pytest.raises(WorkdirError, match="evaluation.temperatures"):
+        train(TINY, workdir)
+
+
+def test_a_run_that_cannot_be_started_from_is_refused(tiny_run, tmp_path):
+    for other, message in {
+        f"{tiny_run}@7": "has no checkpoint '7'; there are",
+        str(tmp_path): "has no config.json; expected the work directory of a run",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            train(vary(train={"start_from": other}), tmp_path / "run")
+    taken = {"start_from": str(tiny_run)}
+    with pytest.raises(ConfigError, match=r"train\.num_steps is 5; expected at least 6"):
+        train(vary(train=taken | {"num_steps": 5}), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"trains other parameters \(lora\.rank: 0 -> 4\)"):
+        train(vary(train=taken, lora={"rank": 4}), tmp_path / "run")
+    with pytest.raises(ConfigError, match="start_with is 'student'; expected both where"):
+        vary(train={"start_with": "student"})
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 # Other settings
@@ -383,8 +501,14 @@ def test_a_student_that_equals_its_teacher_has_no_loss_at_any_temperature(tmp_pa
 def self_distillation(recipe="full_kl", teacher="@student", **sections):
     """TINY without evaluation; the teacher is the student, and its prompt shows the reference."""
     shown = {"teacher_prompt_format": "{reference}\n{prompt}", "max_prompt_length": 64}
-    config = vary(data=shown, estimator={"recipe": recipe}, evaluation={"source": None}, **sections)
-    return dataclasses.replace(config, teacher=ModelConfig(teacher))
+    config = dataclasses.replace(TINY, teacher=ModelConfig(teacher))
+    return vary(
+        config,
+        data=shown,
+        estimator={"recipe": recipe},
+        evaluation={"source": None},
+        **sections,
+    )
 
 
 @pytest.mark.long
@@ -413,8 +537,11 @@ def test_a_student_learns_from_what_only_its_teacher_view_shows(recipe, tmp_path
 
 
 @pytest.mark.long
-def test_a_student_that_is_its_own_teacher_resumes_and_is_compiled_once(tmp_path):
-    config = self_distillation(train={"num_steps": 3}, checkpoint={"every": 1})
+@pytest.mark.parametrize("decay", [0.0, 0.75])
+def test_a_student_that_is_its_own_teacher_resumes_and_is_compiled_once(decay, tmp_path):
+    config = self_distillation(
+        train={"num_steps": 3}, checkpoint={"every": 1}, optimizer={"teacher_ema_decay": decay}
+    )
     with recorded_updates() as updates:
         train(config, tmp_path / "straight")
     assert updates[0]._cache_size() == 1
@@ -422,6 +549,23 @@ def test_a_student_that_is_its_own_teacher_resumes_and_is_compiled_once(tmp_path
         train(config, tmp_path / "run")
     train(config, tmp_path / "run")
     assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_an_averaged_teacher_moves_less_than_the_student(tmp_path):
+    """The first update is the same; then the average is nearer to the start than the student is. Of
+    adapters, the adapters are averaged.
+    """
+    learned = {}
+    for decay in (0.0, 0.5, 0.999):
+        config = self_distillation(
+            train={"num_steps": 3},
+            lora={"rank": 2},
+            optimizer={"warmup_steps": 0, "learning_rate": 1e-2, "teacher_ema_decay": decay},
+        )
+        train(config, tmp_path / str(decay))
+        learned[decay] = column(tmp_path / str(decay), "kl/student_teacher")
+    assert learned[0.0][0] == learned[0.5][0] == learned[0.999][0]
+    assert len({values[2] for values in learned.values()}) == 3
 
 
 def test_the_evaluation_shows_nothing_of_what_the_teacher_is_shown(tmp_path):

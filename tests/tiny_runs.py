@@ -158,6 +158,34 @@ def interrupted_at(batch):
         module.collate = real
 
 
+@contextlib.contextmanager
+def shared_programs():
+    """Runs inside that have equal settings share the update and the examination of samples that the
+    first of them traced: tracing takes most of the time of a short run.
+    """
+    made = {}
+
+    def sharing(make):
+        def shared(*arguments):
+            leaves, structure = jax.tree.flatten(arguments)
+            key = (make, structure, *leaves)
+            if key not in made:
+                made[key] = make(*arguments)
+            return made[key]
+
+        return shared
+
+    names = ("make_update", "make_examine", "make_behavior_kl")
+    real = {name: getattr(opdjax.train, name) for name in names}
+    for name, make in real.items():
+        setattr(opdjax.train, name, sharing(make))
+    try:
+        yield
+    finally:
+        for name, make in real.items():
+            setattr(opdjax.train, name, make)
+
+
 # Processes
 
 

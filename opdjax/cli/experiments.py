@@ -18,7 +18,7 @@ def experiments(names: Positional[tuple[str, ...]] = ()):
     Commands take a built-in experiment as @NAME.
 
     Args:
-        names: experiments to copy; none: list all
+        names: Experiments to copy; without any, all are listed.
     """
     for name in names:
         source = path_of(f"@{name.removeprefix('@')}")

@@ -70,7 +70,7 @@ def main() -> None:
             raise
         if is_debugging:
             traceback.print_exc()
-        _report(f"{type(error).__name__}: {error}")
+        _report(_text(error))
         sys.exit(getattr(error, "exit_status", 2))
 
 
@@ -98,6 +98,13 @@ def is_user_error(error: BaseException) -> bool:
     own = [base.__name__ for base in type(error).__mro__ if base.__module__.startswith("opdjax.")]
     is_own = any(not name.startswith("_") and name not in _INTERNAL_ERRORS for name in own)
     return is_own or isinstance(error, OSError)
+
+
+def _text(error: BaseException) -> str:
+    """What an error says. Python's own errors of files begin with a number."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _report(message: str) -> None:

@@ -19,6 +19,7 @@ from opdjax.config.validation import ConfigError
 from opdjax.runs.object_store import Folder, is_remote, open_output
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+_VIEW = ("prompt_format", "system_prompt", "format", "max_prompt_length")  # of the student
 
 
 def sample(arguments: list[str]) -> None:
@@ -26,13 +27,13 @@ def sample(arguments: list[str]) -> None:
     if "--store" in arguments:
         store(arguments)
     else:
-        call(_print_completions, arguments, "opdjax sample")
+        call(_print_completions, arguments, "opdjax sample", {DataConfig: _VIEW})
 
 
 def _print_completions(
     model: Positional[str],
     prompts: Positional[tuple[str, ...]],
-    data: DataConfig = DataConfig(),  # noqa: B008
+    data: DataConfig = DataConfig(),
     num_generations: int = 1,
     max_completion_length: int = 512,
     temperature: float = 1.0,
@@ -45,17 +46,18 @@ def _print_completions(
     """Print completions of prompts, one line each: prompt, tab, completion.
 
     Args:
-        model: checkpoint directory, hub id, or @mini_student or @mini_teacher
-        prompts: texts to complete
-        data: how a prompt is rendered
-        num_generations: completions per prompt
-        max_completion_length: tokens, including the stop token
-        temperature: 0 is greedy
-        top_p: 1 is off
-        top_k: 0 is off
-        min_p: 0 is off
-        dtype: of the forward pass
-        seed: of the random draws
+        model: Checkpoint directory, work directory of a finished run, hub id, or @mini_student or
+            @mini_teacher.
+        prompts: Texts to complete.
+        data: How a prompt is rendered.
+        num_generations: Completions per prompt.
+        max_completion_length: Longest completion in tokens, including the stop token.
+        temperature: Temperature of sampling; 0 is greedy.
+        top_p: Keep the most likely tokens up to this total probability; 1 is off.
+        top_k: Keep this many of the most likely tokens; 0 is off.
+        min_p: Keep tokens at least this fraction as likely as the most likely one; 0 is off.
+        dtype: Dtype of the forward pass; auto is float32 on a CPU, else bfloat16.
+        seed: Seed of the random draws.
     """
     from opdjax.rollouts.one_model import load, sample
 
@@ -74,27 +76,28 @@ def _print_completions(
             print(f"{prompt}\t{text}")
 
 
-@command("MODEL [--evaluation.field VALUE …]")
+@command("MODEL [--evaluation.field VALUE …]", {DataConfig: (*_VIEW, "columns", "skip_bad_rows")})
 def evaluate(
     model: Positional[str],
-    data: DataConfig = DataConfig(),  # noqa: B008
-    evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008
+    data: DataConfig = DataConfig(),
+    evaluation: EvaluationConfig = EvaluationConfig(),
     dtype: Dtype = "auto",
     slots: int | None = None,
     output: pathlib.Path | None = None,
 ):
-    """Print avg@k, pass@k and greedy accuracy.
+    """Print the mean score of sampled answers (avg@8), pass@8 and greedy accuracy.
 
     Args:
-        model: checkpoint directory, hub id, or @mini_student or @mini_teacher
-        data: how a prompt is rendered; its source is not read
-        evaluation: prompts, sampling and grading
-        dtype: of the forward pass
-        slots: rows decoded at a time, None: 512; fewer for long answers, which need memory
-        output: JSON file for the scores, including those of each prompt
+        model: Checkpoint directory, work directory of a finished run, hub id, or @mini_student or
+            @mini_teacher.
+        data: How a prompt is rendered.
+        evaluation: Prompts, sampling and grading.
+        dtype: Dtype of the forward pass; auto is float32 on a CPU, else bfloat16.
+        slots: Rows decoded at a time, fewer for long answers, which need memory; None is 512.
+        output: JSON file to write the scores to, including those of each prompt.
     """
     from opdjax.rollouts.one_model import scores_of
-    from opdjax.runs.statistics import benchmark_lines
+    from opdjax.runs import statistics
     from opdjax.runs.workdir import write_json
 
     if output is not None and not is_remote(output):
@@ -108,14 +111,16 @@ def evaluate(
     sections["sampling"] = SamplingConfig(slots=slots)
     scores = scores_of(Config(student=ModelConfig(model), **sections))
     for name in ("avg@k", "pass@k", "greedy"):
-        title = name.replace("@k", f"@{scores['k']}")
-        print(f"{title:10}{scores[name]:.4f} ± {scores[name + '_interval']:.4f}")
-    for line in benchmark_lines(scores.get("benchmarks", {})):
+        half = scores[f"{name}_interval"]
+        print(f"{statistics.score_label(name, scores['k']):10}{scores[name]:.4f} ± {half:.4f}")
+    for line in statistics.benchmark_lines(scores.get("benchmarks", {}), scores["k"]):
         print(line)
     print(
         f"{scores['num_prompts']} prompts, T = {scores['temperature']:g}; ± is half a 95 % "
         "interval over prompts"
     )
+    if not statistics.has_right_answer([scores]):
+        print(statistics.NO_RIGHT_ANSWER)
     if output is not None:
         with open_output(output) as file:
             write_json(file, scores)
@@ -126,7 +131,8 @@ def check(model: Positional[str]):
     """Check that a checkpoint can be loaded, and describe it.
 
     Args:
-        model: checkpoint directory, hub id, or @mini_student or @mini_teacher
+        model: Checkpoint directory, work directory of a finished run, hub id, or @mini_student or
+            @mini_teacher.
     """
     from opdjax.rollouts.one_model import describe
 
@@ -146,10 +152,10 @@ def export(
     Its adapters are also written, to OUT_adapter.
 
     Args:
-        workdir: work directory of a run
-        out: new directory
-        step: step of a checkpoint, `latest`, or `best` by avg@k
-        dtype: of the weights; none: that of the checkpoint the run started from
+        workdir: Work directory of the run.
+        out: New directory to write to.
+        step: Step of a checkpoint, `latest`, or `best`, the one with the best sampled score.
+        dtype: Dtype of the weights; None is that of the checkpoint the run started from.
     """
     from opdjax.cli.export import export_step
 

@@ -1,12 +1,16 @@
 """Makes commands of functions, and loads the experiment that a command line names."""
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import json
 import os
 import pathlib
+import re
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
 import tyro
@@ -26,9 +30,12 @@ from opdjax.runs.object_store import is_remote, local_copy, url_of
 
 Command = Callable[[list[str]], None]
 Experiment = Annotated[Config, tyro.conf.arg(name="")]  # each of its fields is an argument
+Reads = Mapping[type, Sequence[str]]  # a section -> its fields that a command reads, if not all
+_EVERYTHING: Reads = types.MappingProxyType({})
+_HIDDEN = tyro.conf.Suppress
 
 
-def command(usage: str) -> Callable[[Callable[..., None]], Command]:
+def command(usage: str, reads: Reads = _EVERYTHING) -> Callable[[Callable[..., None]], Command]:
     """Make a function a command, which parses its arguments by the function's signature and
     docstring. `usage` is a short form of them, for the overview; where it begins with EXPERIMENT,
     the parameter `config` is that experiment with the fields that the arguments change.
@@ -39,9 +46,9 @@ def command(usage: str) -> Callable[[Callable[..., None]], Command]:
 
         def run(arguments: list[str]) -> None:
             if usage.startswith("EXPERIMENT"):
-                call_with_config(function, arguments, f"{name} {usage}")
+                call_with_config(function, arguments, f"{name} {usage}", reads)
             else:
-                call(function, arguments, f"opdjax {name}")
+                call(function, arguments, f"opdjax {name}", reads)
 
         summary = function.__doc__.splitlines()[0]
         run.__doc__ = f"{usage}: {summary[0].lower()}{summary[1:]}"
@@ -50,14 +57,17 @@ def command(usage: str) -> Callable[[Callable[..., None]], Command]:
     return decorate
 
 
-def call_with_config(function: Callable[..., None], arguments: list[str], usage: str) -> None:
+def call_with_config(
+    function: Callable[..., None], arguments: list[str], usage: str, reads: Reads = _EVERYTHING
+) -> None:
     """Call a function of a `config`, of which the arguments begin with the experiment; print the
     usage and exit if there is none.
     """
     name = usage.partition(" ")[0]
     if arguments and not arguments[0].startswith("-"):
-        function = functools.partial(function, config=load_experiment(arguments[0]))
-        call(function, arguments[1:], f"opdjax {name} EXPERIMENT")
+        config = with_recipe(load_experiment(arguments[0]), arguments)
+        function = functools.partial(function, config=config)
+        call(function, arguments[1:], f"opdjax {name} EXPERIMENT", reads)
         return
     print(f"usage: opdjax {usage} [--section.field VALUE …]\n")
     print("EXPERIMENT is a Python file with get_config(), the config.json of a run, or @NAME, a")
@@ -66,26 +76,44 @@ def call_with_config(function: Callable[..., None], arguments: list[str], usage:
     sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
 
 
-def call(function: Callable[..., None], arguments: list[str], program: str) -> None:
-    """Parse the arguments by the function's signature and docstring, and call it."""
+def call(
+    function: Callable[..., None], arguments: list[str], program: str, reads: Reads = _EVERYTHING
+) -> None:
+    """Parse the arguments by the function's signature and docstring, and call it. The help lists
+    the fields that the command `reads`; the others are accepted, so that commands share options.
+    """
+    is_help = bool({"-h", "--help"} & set(arguments))
     registry = ConstructorRegistry()
-    registry.struct_rule(_name_recipes)
+    registry.struct_rule(functools.partial(_described, reads if is_help else _EVERYTHING))
     tyro.cli(function, args=arguments, prog=program, registry=registry)
 
 
-def _name_recipes(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """A rule of tyro: the help of an estimator's option ends with the recipes that have it."""
-    if info.type is not EstimatorConfig or _name_recipes in info.markers:
+def _described(reads: Reads, info: StructTypeInfo) -> StructConstructorSpec | None:
+    """A rule of tyro for the help of a section."""
+    mark = f"described {info.type}"  # ends the recursion
+    if mark in map(str, info.markers) or info.type not in (EstimatorConfig, *reads):
         return None
-    marked = dataclasses.replace(info, markers=(*info.markers, _name_recipes))  # ends the recursion
-    spec = ConstructorRegistry.get_struct_spec(marked)
-    return dataclasses.replace(spec, fields=tuple(map(_with_recipes, spec.fields)))
+    spec = ConstructorRegistry.get_struct_spec(
+        dataclasses.replace(info, markers=(*info.markers, mark))
+    )
+    names = reads.get(info.type, [field.name for field in spec.fields])
+    hidden = lambda field: {} if field.name in names else {"type": Annotated[field.type, _HIDDEN]}
+    fields = [dataclasses.replace(field, **hidden(field)) for field in spec.fields]
+    if info.type is EstimatorConfig:
+        fields = map(_with_recipes, fields)
+    return dataclasses.replace(spec, fields=tuple(fields))
 
 
 def _with_recipes(option: StructFieldSpec) -> StructFieldSpec:
-    recipes = ", ".join(name for name, row in RECIPES.items() if option.name in row.options)
-    if not recipes:  # the recipe itself, and what all recipes have
+    """The option; its help ends with the recipes that have it, by their defaults."""
+    by_default: dict[str, list[str]] = {}
+    for name, row in RECIPES.items():
+        if option.name in row.options:
+            default = row.options[option.name].default
+            by_default.setdefault("" if default is None else f": {default}", []).append(name)
+    if not by_default:  # the recipe itself, and what all recipes have
         return option
+    recipes = "; ".join(f"{', '.join(names)}{text}" for text, names in by_default.items())
     return dataclasses.replace(option, helptext=lambda: f"{option.helptext()} ({recipes})")
 
 
@@ -106,6 +134,30 @@ def load_experiment(file: str) -> Config:
             "sweep"
         )
     return from_dict(Config, upgrade(saved["config"]))
+
+
+def with_recipe(config: Config, arguments: list[str]) -> Config:
+    """The config of an experiment, of which options are left out that do not belong to the recipe
+    in the arguments; a note names them.
+    """
+    text, own = "\0".join(arguments), config.estimator
+    chosen = re.findall("--estimator.recipe[=\0]([^\0]+)", text)
+    if not chosen or chosen[-1] not in RECIPES or chosen[-1] == own.recipe:
+        return config
+    given = {"aggregation": own.aggregation} | own.options
+    estimator = EstimatorConfig(chosen[-1])
+    for name, value in given.items():
+        with contextlib.suppress(ConfigError):
+            estimator = dataclasses.replace(estimator, **{name: value})
+    if left_out := [name for name, value in given.items() if getattr(estimator, name) != value]:
+        print(
+            f"note: {arguments[0]} sets {', '.join(left_out)} for {own.recipe}; left out for "
+            f"{estimator.recipe}",
+            file=sys.stderr,
+        )
+    changed = copy.copy(config)  # checked together with what the other arguments change
+    object.__setattr__(changed, "estimator", estimator)
+    return changed
 
 
 def as_given(path: str | os.PathLike) -> str:

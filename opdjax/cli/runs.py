@@ -4,8 +4,10 @@ import os
 import pathlib
 import re
 import sys
+from dataclasses import replace
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from opdjax.cli.parsing import (
     Experiment,
@@ -14,8 +16,9 @@ from opdjax.cli.parsing import (
     call_with_config,
     command,
     load_experiment,
+    with_recipe,
 )
-from opdjax.config import AuditConfig, Config, DataConfig, SamplingConfig
+from opdjax.config import AuditConfig, Config, DataConfig, SamplingConfig, TrainConfig
 from opdjax.config.validation import ConfigError, require
 from opdjax.runs.mirror import read_only_workdir
 from opdjax.runs.object_store import Folder, is_remote, local_copy, open_output
@@ -24,15 +27,32 @@ from opdjax.runs.object_store import Folder, is_remote, local_copy, open_output
 MINI = Config(
     data=DataConfig(max_prompt_length=32), sampling=SamplingConfig(max_completion_length=24)
 )
+# The fields that commands read, where these are few.
+_TAUGHT = {
+    Config: ("student", "teacher", "data", "teach", "api", "mesh", "train", "seed"),
+    TrainConfig: ("dtype",),
+}
+_AUDITED = {
+    Config: ("student", "teacher", "data", "sampling", "estimator", "train", "seed"),
+    SamplingConfig: ("max_completion_length", "stop_token_ids", "num_generations"),
+    TrainConfig: ("prompts_per_step", "gradient_accumulation_steps"),
+}
 
 
-@command("EXPERIMENT --workdir DIR")
-def train(workdir: pathlib.Path, config: Experiment):
+@command("EXPERIMENT --workdir DIR [--from RUN[@STEP]]")
+def train(
+    workdir: pathlib.Path, config: Experiment, start: Annotated[str | None, arg(name="from")] = None
+):
     """Train a student, or resume a run.
 
     Args:
-        workdir: directory of this run, or gs://BUCKET/NAME; the same command resumes it
+        workdir: Directory of this run, or gs://BUCKET/NAME; the same command resumes it.
+        start: Work directory of another run that this one goes on with, from its newest checkpoint
+            or from STEP, such as --from runs/a@100 --train.num-steps 200; short for
+            --train.start-from. --train.start-with student takes its weights alone.
     """
+    if start is not None:
+        config = replace(config, train=replace(config.train, start_from=start))
     # At once: the import of jax and the compilation that follow take seconds to minutes.
     need = config.recipe.teacher_need(config.estimator.options)
     teacher = "" if need == "none" else f" and {config.teacher.path}"
@@ -51,9 +71,9 @@ def plan(topology: str, config: Experiment, aot: bool = False):
     with 1 if the run does not fit.
 
     Args:
-        topology: the machine, such as v5e-8, v6e-16, v5p-8, h100-8, cpu
-        aot: also compile the programs of the run for it; takes minutes, for a TPU needs libtpu but
-            no TPU
+        topology: The machine, such as v5e-8, v6e-16, v5p-8, h100-8, cpu.
+        aot: Also compile the programs of the run for it; this takes minutes, and for a TPU it needs
+            libtpu but no TPU.
     """
     # Planning needs no accelerator, and must not take one from a run on this machine.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -85,8 +105,8 @@ def _doctor(config: Experiment, num_prompts: int = 8, only: str = ""):
     `opdjax doctor --list` prints the checks, what each finds and what to do then.
 
     Args:
-        num_prompts: prompts of the data that go through the models
-        only: names of checks, separated by commas; empty: all checks that apply
+        num_prompts: Number of prompts of the data that go through the models.
+        only: Names of checks, separated by commas; empty is all checks that apply.
     """
     from opdjax.diagnose.doctor import run_checks
 
@@ -107,29 +127,27 @@ def audit(arguments: list[str]) -> None:
         print(explain(arguments[-1]))
         return
     is_given = bool(arguments) and not arguments[0].startswith("-")
-    default = load_experiment(arguments[0]) if is_given else MINI
+    default = with_recipe(load_experiment(arguments[0]), arguments) if is_given else MINI
 
     def run(
         workdir: pathlib.Path,
         only: tuple[str, ...] = (),
         skip_cost: bool = False,
-        audit: AuditConfig = AuditConfig(),  # noqa: B008
+        audit: AuditConfig = AuditConfig(),
         config: Experiment = default,
     ):
         """Measure bias, variance and cost of the estimators; without EXPERIMENT, on the built-in
         models. `opdjax audit --explain RECIPE` prints the description of a recipe.
 
-        Only these fields are used: student, teacher, data, seed, estimator,
-        sampling.max-completion-length and stop-token-ids, and the number of rows per micro-batch.
-        Contexts are sampled at temperature 1 without filters.
+        Contexts are sampled at temperature 1 without filters. The experiment's own recipe is
+        measured too.
 
         Args:
-            workdir: directory for audit.json, audit.txt and audit.html; the first two are written
-                after each part
-            only: recipes and pitfalls by name; none: all
-            skip_cost: leave out seconds and bytes a token
-            audit: size of the measurement
-            config: every field of the experiment; its own recipe is measured too
+            workdir: Directory for audit.json, audit.txt and audit.html; the first two are written
+                after each part.
+            only: Recipes and pitfalls by name; none is all.
+            skip_cost: Leave out seconds and bytes a token.
+            audit: Size of the measurement.
         """
         from opdjax.diagnose.audit.run import audit as measure
         from opdjax.diagnose.audit.subjects import choose
@@ -153,15 +171,15 @@ def audit(arguments: list[str]) -> None:
 
         measure(config, choose(only or None, *own), audit, skip_cost=skip_cost, save=save)
 
-    call(run, arguments[is_given:], "opdjax audit [EXPERIMENT]")
+    call(run, arguments[is_given:], "opdjax audit [EXPERIMENT]", _AUDITED)
 
 
-@command("EXPERIMENT")
+@command("EXPERIMENT", _TAUGHT)
 def references(config: Experiment):
     """Have a teacher answer the prompts, into the file named by data.references.
 
-    The same command resumes. Exits with 1 if some prompts have no usable answer. Only these fields
-    are used: data, teach, teacher, api, mesh, train.dtype, seed and the student's tokenizer.
+    The same command resumes. Exits with 1 if some prompts have no usable answer. Of the student
+    only the tokenizer is read.
     """
     from opdjax.rollouts.write_references import teach
 
@@ -187,7 +205,7 @@ def _store_ahead(store: pathlib.Path, config: Experiment):
     the initial weights.
 
     Args:
-        store: work directory of the run, which need not exist yet
+        store: Work directory of the run, which need not exist yet.
     """
     _generate(store, config)
 
@@ -196,7 +214,7 @@ def _store(store: pathlib.Path):
     """Sample the rollouts of a run and score them with the teacher, during its training.
 
     Args:
-        store: work directory of the run
+        store: Work directory of the run.
     """
     _generate(store)
 
@@ -212,7 +230,7 @@ def score(workdir: Positional[pathlib.Path]):
     """Score stored rollouts whose teacher scores are missing or damaged.
 
     Args:
-        workdir: work directory of a run with stored rollouts
+        workdir: Work directory of a run with stored rollouts.
     """
     from opdjax.rollouts.near_policy.generator_process import annotate_all
 
@@ -226,8 +244,8 @@ def rollouts(path: Positional[pathlib.Path], samples: int = 0):
     Prints counts, bytes, decisions of the filter and damage.
 
     Args:
-        path: a shard, a directory rollouts/VERSION, or the work directory of a run
-        samples: number of samples to print, spread evenly over the rollouts
+        path: A shard, a directory rollouts/VERSION, or the work directory of a run.
+        samples: Number of samples to print, spread evenly over the rollouts.
     """
     from opdjax.rollouts.near_policy.inspection import inspect
 

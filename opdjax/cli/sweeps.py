@@ -32,23 +32,23 @@ def sweep(
     status: bool = False,
     watch: float = 0.0,
     launch: Literal["skypilot", "xpk"] | None = None,
-    fleet: FleetConfig = FleetConfig(),  # noqa: B008
+    fleet: FleetConfig = FleetConfig(),
 ):
     """Run a sweep; the same command runs the points that are unfinished.
 
     Args:
-        file: Python file with get_sweep()
-        workdir: directory of the sweep, or gs://BUCKET/NAME; each point has a subdirectory
-        jobs: points to run at a time; they share the CPU cores of this machine
-        shard: i/n: every n-th point from the i-th on, for n machines that share one directory
-        only: points by id, or by parts such as estimator=vopd,seed=1; * and ? are wildcards
-        dry_run: print the points and the remaining time (with launch: the jobs); run nothing
-        retry_failed: run the points again that failed in earlier calls
-        retries: number of times to run a point again that fails in this call
-        status: print the state of every point, on whichever machine it runs, and run nothing
-        watch: with status, seconds between repeats until no point is left; 0: print once
-        launch: submit the shards to an engine that finds machines, and return
-        fleet: machines to launch
+        file: Python file with get_sweep(), or @NAME, a built-in one.
+        workdir: Directory of the sweep, or gs://BUCKET/NAME; each point has a subdirectory.
+        jobs: Points to run at a time; they share the CPU cores of this machine.
+        shard: i/n runs every n-th point from the i-th on, for n machines that share one directory.
+        only: Points by id, or by parts such as estimator=vopd,seed=1; * and ? are wildcards.
+        dry_run: Print the points and the remaining time (with launch: the jobs); run nothing.
+        retry_failed: Run the points again that failed in earlier calls.
+        retries: Number of times to run a point again that fails in this call.
+        status: Print the state of every point, on whichever machine it runs, and run nothing.
+        watch: With status, seconds between repeats until no point is left; 0 prints once.
+        launch: Submit the shards to an engine that finds machines, and return.
+        fleet: Machines to launch.
     """
     from opdjax.sweeps import runner
     from opdjax.sweeps.status import describe
@@ -115,12 +115,12 @@ def table(
     numbers.
 
     Args:
-        directory: directory of a sweep
-        paper: a paper's table, such as vopd_table1: its numbers, ours, and its claims; all: the
-            claims and tables of all papers that the sweep has points of
-        papers: list the tables of papers instead
-        format: of the table; json: all facts, such as the numbers of each seed
-        output: file to write; none: print it
+        directory: Directory of a sweep.
+        paper: A paper's table, such as vopd_table1, with its numbers, ours, and its claims; all is
+            every paper that the sweep has points of.
+        papers: List the tables of papers instead.
+        format: Format of the table; json has all facts, such as the numbers of each seed.
+        output: File to write; None prints the table.
     """
     from opdjax.report.table import list_of_papers, paper_table
     from opdjax.report.table import table as make_table
@@ -154,11 +154,12 @@ def report(
     """Write an HTML page on a run, a sweep, an audit, or two runs.
 
     Args:
-        directory: directory of a run (finished or not), a sweep or an audit
-        paper: for a sweep: only the points of this table of a paper, such as vopd_table1
-        against: another run, to compare config, data, environment and scores
-        json: write the facts of the page (its numbers and texts) as JSON instead
-        output: file; none: report.html, report-PAPER.html or against-RUN.html in the directory
+        directory: Directory of a run (finished or not), a sweep or an audit.
+        paper: For a sweep, only the points of this table of a paper, such as vopd_table1.
+        against: Another run, to compare config, data, environment and scores.
+        json: Write the facts of the page (its numbers and texts) as JSON instead.
+        output: File to write; None is report.html, report-PAPER.html or against-RUN.html in the
+            directory.
     """
     from opdjax.cli.grade_samples import grade_sample
     from opdjax.report.page import page_name, write_report

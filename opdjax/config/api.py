@@ -9,6 +9,7 @@ from opdjax.config.validation import Section, pairs_of, require
 
 RULE_JUDGE = "@rules"  # the built-in judge of the built-in task, in the run's own process
 ReasoningEffort = Literal["minimal", "low", "medium", "high"]
+MaxTokensField = Literal["auto", "max_tokens", "max_completion_tokens"]
 # OpenAI's reasoning models refuse `max_tokens`; other servers do not all know the newer name.
 _OPENAI_HOSTS = ("openai.com", "openai.azure.com")
 
@@ -24,6 +25,7 @@ class Endpoint:
     top_p: float | None = None
     reasoning_effort: ReasoningEffort | None = None
     max_tokens: int = 8192  # longest reply
+    max_tokens_field: MaxTokensField = "auto"
     timeout: float = 120.0  # seconds
     concurrency: int = 32  # requests at the same time; 0: none is sent, the cache answers
     requests_per_minute: int = 0  # 0: no limit, as for the next
@@ -32,8 +34,10 @@ class Endpoint:
     output_price: float = 0.0
 
     @property
-    def max_tokens_field(self) -> str:
+    def limit_name(self) -> str:
         """The server's name of the limit on a reply."""
+        if self.max_tokens_field != "auto":
+            return self.max_tokens_field
         host = urlsplit(self.base_url).hostname or ""
         is_openai = any(host == name or host.endswith(f".{name}") for name in _OPENAI_HOSTS)
         return "max_completion_tokens" if is_openai else "max_tokens"
@@ -84,6 +88,9 @@ class ApiConfig(Section):
     # SQLite file of cached replies, which several runs may share; empty: replies.sqlite in the work
     # directory.
     cache: str = ""
+    # Name of the limit on a reply in requests. auto: max_completion_tokens for a server of OpenAI,
+    # else max_tokens, which other servers of reasoning models may refuse as well.
+    max_tokens_field: MaxTokensField = "auto"
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,7 +120,8 @@ class ApiConfig(Section):
         # The shared key is never sent to another server.
         variable = f"{role.upper()}_API_KEY"
         own_key = variable if variable in os.environ else ""
-        shared = {name: getattr(self, name) for name in ("max_tokens", "timeout", "concurrency")}
+        names = ("max_tokens", "max_tokens_field", "timeout", "concurrency")
+        shared = {name: getattr(self, name) for name in names}
         return Endpoint(
             RULE_JUDGE if model == RULE_JUDGE else base_url or self.base_url,
             model.removeprefix("@"),

@@ -29,10 +29,10 @@ _TEMPLATES: Mapping[str, tuple[Literal["chat", "raw"], bool | None]] = {
 class DataConfig(Section):
     """The prompts and how each model sees them."""
 
-    # arithmetic:SPLIT for the built-in task, a .jsonl file, parquet:PATH (file, directory or
-    # pattern), hf:NAME[@CONFIG]#SPLIT, or tfds:NAME[/CONFIG][:VERSION]#SPLIT. NAME may be a
-    # directory (./DIR, /DIR, gs://BUCKET/DIR). SPLIT may be a slice such as train[:10%]; for the
-    # built-in task a slice of rows such as train[:640].
+    # arithmetic:SPLIT for the built-in task, a .jsonl, .json, .csv or .parquet file, parquet:PATH
+    # (directory or pattern), hf:NAME[@CONFIG]#SPLIT, or tfds:NAME[/CONFIG][:VERSION]#SPLIT. NAME
+    # may be a directory (./DIR, /DIR, gs://BUCKET/DIR). SPLIT may be a slice such as train[:10%];
+    # for the built-in task a slice of rows such as train[:640].
     source: str = "arithmetic:train"
     # Template of prompts that are strings; must contain {prompt}.
     prompt_format: str = "{prompt}"
@@ -52,7 +52,7 @@ class DataConfig(Section):
     # references or reference, if one exists); rubric: a prompt's own criteria, which are part of
     # all its rubrics, texts or {text (or description), weight (or points), stage} (default: none).
     # COLUMN may be `a.b`, field b of column a (answer=reward_model.ground_truth), or `a.0`, the
-    # first item of a list.
+    # first item of a list. A column named tools, JSON schemas, is shown to the chat template.
     columns: tuple[str, ...] = ()
     # File of a teacher's answers, written by opdjax references; it replaces a column.
     references: str | None = None
@@ -61,6 +61,9 @@ class DataConfig(Section):
     # (the first of the row), and judges' texts about each rollout, {rubric}, {verdicts} and
     # {reflection}. Other braces stay unchanged. None: as prompt_format.
     teacher_prompt_format: str | None = None
+    # Skip rows that cannot be read or shown (broken JSON, an empty prompt), here and in
+    # evaluation.source, and print their number. Otherwise the first one ends the command.
+    skip_bad_rows: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -135,6 +138,9 @@ class TeachConfig(Section):
     base_url: str = ""
     # Reasoning effort of a model behind an API; None: not sent.
     reasoning_effort: ReasoningEffort | None = None
+    # Let opdjax train, too, ask a model behind an API for answers that are missing, which may cost
+    # money. A checkpoint is always asked.
+    auto: bool = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -13,7 +13,7 @@ from typing import Any
 from opdjax.config.grid import SweepPoint
 from opdjax.config.model import PACKAGE
 from opdjax.config.run import Config
-from opdjax.config.validation import ConfigError
+from opdjax.config.validation import ConfigError, Section, nearest
 
 BUILT_IN = PACKAGE / "assets" / "experiments"  # `@NAME` is NAME.py there
 
@@ -94,7 +94,9 @@ def load_function(file: str | pathlib.Path, name: str) -> Callable:
         others = [other.name for other in path.parent.glob("*.py")]
         close = difflib.get_close_matches(path.stem + ".py", others, 1)
         near = (pathlib.Path(file).parent / name for name in close)
-        if str(file).startswith("@"):
+        if str(file).startswith("@") or not close:
+            others = [other.name for other in BUILT_IN.glob("*.py")]
+            close = difflib.get_close_matches(path.stem + ".py", others, 1)
             near = (f"@{pathlib.Path(name).stem}" for name in close)
         hint = "".join(f" (did you mean {name}?)" for name in near)
         raise ConfigError(
@@ -135,10 +137,22 @@ def _errors_of(file: str | pathlib.Path) -> Iterator[None]:
     path = path_of(file)
     try:
         yield
-    except ConfigError:
-        raise
     except (Exception, SystemExit) as error:  # the file is the user's and may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        place = f"{file}, line {lines[-1]}: " if lines else ""
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{place}{error}") from error
         place = f" (line {lines[-1]})" if lines else ""
-        raise ConfigError(f"{file} does not run: {type(error).__name__}: {error}{place}") from error
+        text = _unknown_field(error) or f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{file} does not run: {text}{place}") from error
+
+
+def _unknown_field(error: BaseException) -> str:
+    """A sentence with the nearest field, if a section was made with one that it does not have."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    sections = {section.__name__: section for section in Section.__subclasses__()}
+    if not found or found[1] not in sections:
+        return ""
+    fields = sections[found[1]].__dataclass_fields__
+    return f"{found[1]} has no field {found[2]!r}; {nearest(found[2], fields)}"

@@ -19,8 +19,11 @@ class ModelConfig:
 
     # Directory in Hugging Face layout (also on gs://), a hub id such as Qwen/Qwen3-1.7B-Base, with
     # @REVISION a branch, tag or commit of it, or @mini_teacher or @mini_student, the built-in pair.
+    # The directory of a PEFT adapter (LoRA) is its base model with the adapter merged; the adapter
+    # of the student is trained further where lora has its rank, alpha and targets.
     # For the teacher also @student: the student is its own teacher, with the weights of each step
     # and without a gradient through them; data.teacher_prompt_format then shows the teacher more.
+    # optimizer.teacher_ema_decay gives it a moving average of these weights.
     # To use the untrained student as a frozen teacher, give the student's path.
     path: str = ""
 

@@ -30,8 +30,8 @@ from opdjax.config.validation import ConfigError, Section, require
 class Config(Section):
     """A whole run."""
 
-    student: ModelConfig = ModelConfig(MINI_STUDENT)
-    teacher: ModelConfig = ModelConfig(MINI_TEACHER)
+    student: ModelConfig = ModelConfig(MINI_STUDENT)  # The model that is trained.
+    teacher: ModelConfig = ModelConfig(MINI_TEACHER)  # The model that the student learns from.
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     near_policy: NearPolicyConfig = NearPolicyConfig()
@@ -61,6 +61,9 @@ class Config(Section):
         self.require(packed is None or packed > longest, "train.pack_length", expected)
         expected = "the checkpoint that the student starts from"
         self.require(self.student.path != STUDENT, "student.path", expected)
+        is_own = self.teacher_is_student or not self.optimizer.teacher_ema_decay
+        expected = f"0 unless teacher.path is {STUDENT}: another teacher's weights stay as they are"
+        self.require(is_own, "optimizer.teacher_ema_decay", expected)
         is_counted = self.evaluation.source is not None and self.evaluation.every > 0
         expected = "more than 0, with an evaluation.source: early stopping counts evaluations"
         is_possible = is_counted or not self.train.early_stopping_patience
@@ -110,12 +113,17 @@ class Config(Section):
             else "cross-entropy on its own samples teaches a student nothing"
         )
         expected = f"{' or '.join(recipe.completions)}: {reason}"
+        is_given, fraction = source != "student", "sampling.student_fraction"
+        if recipe.is_policy_gradient or "student" not in recipe.completions:
+            self.require(sampling.student_fraction == 0, fraction, f"0: {reason}")
         self.require(source in recipe.completions, "sampling.completions_from", expected)
-        is_own = source == "student" and self.near_policy.filter == "none"
+        expected = "0 where sampling.completions_from is student: it writes all completions"
+        self.require(is_given or sampling.student_fraction == 0, fraction, expected)
+        is_own = sampling.student_samples and self.near_policy.filter == "none"
         expected = "more than 0, or rollouts that near_policy.filter chose: cross-entropy on all "
         expected += "of its own samples teaches a student nothing"
         self.require(not is_own or estimator.kd_weight != 0, "estimator.kd_weight", expected)
-        if source == "references":
+        if not sampling.student_samples and source == "references":
             is_plain = sampling.temperature == 1 and not sampling.has_filter
             expected = "their defaults where nothing is sampled (references)"
             require(is_plain, "sampling.temperature, top_p, top_k", "set", expected)
@@ -151,6 +159,10 @@ class Config(Section):
         self.require(is_sampled, "sampling.completions_from", expected)
         expected = f"a checkpoint where the schedule is {near.schedule}: its scores are stored"
         self.require(not self.teacher_is_student, "teacher.path", expected)
+        expected = "student where near_policy.schedule is set: rollouts of other steps are stored "
+        expected += "with the other run"
+        is_fresh = self.train.start_from is None or self.train.start_with == "student"
+        self.require(is_fresh, "train.start_with", expected)
         is_counted = near.schedule != "refresh" or self.train.num_epochs is None
         expected = "none where near_policy.schedule is refresh: it has near_policy.num_epochs"
         self.require(is_counted, "train.num_epochs", expected)
@@ -175,6 +187,12 @@ class Config(Section):
         is_built_in = (self.evaluation.source or self.data.source).startswith("arithmetic:")
         chosen = "gsm8k" if is_built_in else "last_number"
         return chosen if self.evaluation.grader == "auto" else self.evaluation.grader
+
+    @property
+    def grades_rollouts(self) -> bool:
+        """Whether the grader of answers also reads rollouts, for rewards or records of them."""
+        is_rewarded = self.recipe.reward == "task" or self.estimator.task_reward_coef
+        return bool(is_rewarded or self.is_judged or self.near_policy.schedule != "none")
 
     @property
     def is_judged(self) -> bool:

@@ -25,9 +25,15 @@ class SamplingConfig(Section):
     top_k: Annotated[int, "0 (off) or more"] = 0
     # Further stop tokens, besides the checkpoint's end-of-sequence ids.
     stop_token_ids: tuple[int, ...] = ()
+    # Texts that end an answer, in training and evaluation; the answer keeps the token that
+    # completes one of them. Also those of the checkpoint's generation config.
+    stop_strings: tuple[str, ...] = ()
     # Who writes the completions. student: on-policy samples; teacher: samples of the teacher;
     # references: the data's own answers.
     completions_from: Literal["student", "teacher", "references"] = "student"
+    # Where completions_from is teacher or references: the share of rows that the student samples
+    # instead (lambda of GKD, arXiv 2306.13649), drawn for each row by itself.
+    student_fraction: Annotated[float, "from 0 to 1"] = 0.0
     # Rows decoded at a time, also in evaluations; a finished row makes room for the next. Must be a
     # multiple of mesh.data x mesh.fsdp. None: all rows of a step, the fastest if memory allows and
     # lengths are similar; 512 rows of an evaluation.
@@ -38,10 +44,19 @@ class SamplingConfig(Section):
     # stored behaviour log-probs are those of the distribution sampled from.
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(all(self.stop_strings), "stop_strings", "texts of one character or more")
+
     @property
     def has_filter(self) -> bool:
         """Whether some tokens cannot be sampled."""
         return self.top_p < 1 or self.top_k > 0
+
+    @property
+    def student_samples(self) -> bool:
+        """Whether the student writes some or all of the completions."""
+        return self.completions_from == "student" or self.student_fraction > 0
 
 
 class EvaluationConfig(Section):
@@ -57,11 +72,11 @@ class EvaluationConfig(Section):
     grader: str = "auto"
     # Use the first N prompts, of each benchmark if there are several.
     num_prompts: Annotated[int, "at least 1"] = 512
-    # Sampled answers per prompt: the k of avg@k and pass@k.
+    # Sampled answers per prompt: the 8 of avg@8 and pass@8.
     num_samples: Annotated[int, "at least 1"] = 8
     # Temperatures of the sampled answers. All scores are those of the first; the untrained student
     # is also evaluated at the others.
-    temperatures: Annotated[tuple[float, ...], "one or more numbers, more than 0 each"] = (1.0,)
+    temperatures: Annotated[tuple[float, ...], "one or more different numbers above 0"] = (1.0,)
     # Nucleus sampling: keep the most likely tokens up to this total probability; 1: off.
     top_p: Annotated[float, "more than 0 and at most 1"] = 1.0
     # Keep this many of the most likely tokens; 0: off.

@@ -170,7 +170,8 @@ def _read_evaluation(sections: Sections, lost: list[str]) -> None:
     evaluation, sampling = sections["evaluation"], sections["sampling"]
     if "temperature" in evaluation:
         others = evaluation.pop("extra_temperatures", ())
-        evaluation["temperatures"] = [evaluation.pop("temperature"), *others]
+        every = [evaluation.pop("temperature"), *others]
+        evaluation["temperatures"] = list(dict.fromkeys(every))
     if evaluation.get("grader") == "final_number":
         is_built_in = str(evaluation.get("source")).startswith("arithmetic:")
         evaluation["grader"] = "auto" if is_built_in else "gsm8k"
@@ -238,6 +239,8 @@ def _share_endpoints(given: Sections, api: dict[str, Any], lost: list[str]) -> N
     api["per_minute"] = [most("requests_per_minute"), most("tokens_per_minute")]
     judges = {name: role for name, role in given.items() if name != "teacher_api"}
     if judges:
+        is_new = any(r.get("max_tokens_field") == "max_completion_tokens" for r in judges.values())
+        api["max_tokens_field"] = "max_completion_tokens" if is_new else "auto"
         api["max_tokens"] = max(role["max_tokens"] for role in judges.values())
     priced = [role for role in given.values() if role["input_price"] or role["output_price"]]
     prices = {r["model"]: f"{r['input_price']:g}/{r['output_price']:g}" for r in priced}

@@ -38,18 +38,38 @@ class TrainConfig(Section):
     # heads of up to 128) are fused kernels that do not. auto: splash on a TPU if it can run, else
     # xla; cudnn has not been timed yet.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    # Another run to start from: RUN, its work directory (also on gs://), or RUN@STEP for another
+    # checkpoint than its newest. It must have the same student.path and lora, and stay where it is.
+    start_from: str | None = None
+    # What is taken from it. both: its student, its optimizer, the number of the step and its logs,
+    # so that it goes on to train.num_steps, with the settings of this run. student: the weights;
+    # the steps begin at 0. optimizer: its moments and the number of the step.
+    start_with: Literal["both", "student", "optimizer"] = "both"
     # Passes over the prompts, instead of num_steps: as many updates as show every prompt this
     # often, the last one filled with prompts of a further pass. None: num_steps counts.
     num_epochs: Annotated[int | None, "at least 1, or none for num_steps"] = None
-    # End the run after this many evaluations in a row without a new best avg@k, where the untrained
+    # End the run after this many evaluations in a row without a new best avg@8, where the untrained
     # student's counts as the first; 0: never. The run exports its last student; the best checkpoint
     # is kept for opdjax export --step best.
     early_stopping_patience: Annotated[int, "0 (off) or more"] = 0
 
     def __post_init__(self):
         super().__post_init__()
+        if self.start_from is None:
+            self.require_default("start_with", "where train.start_from is none")
         if self.num_epochs is not None:
             self.require_default("num_steps", "where train.num_epochs is given")
+
+    @property
+    def start(self) -> tuple[str, str]:
+        """(work directory, step or `latest`) of `start_from`."""
+        run, at, step = (self.start_from or "").rpartition("@")
+        return (run, step) if at and step.isdecimal() else (self.start_from, "latest")
+
+    @property
+    def first_step(self) -> int:
+        """The number of steps before the first one of this run, where `start_from` names a step."""
+        return 0 if self.start_from is None or self.start_with == "student" else int(self.start[1])
 
     def steps_over(self, num_prompts: int) -> int:
         """Updates of a run over this many prompts."""
@@ -82,6 +102,10 @@ class OptimizerConfig(Section):
     # NAdamW. adafactor: learning_rate is absolute, not a share of a parameter's size. sgd: without
     # momentum.
     name: OptimizerName = "adamw"
+    # Where teacher.path is @student: the teacher has a moving average of the student's weights,
+    # decay x average + (1 - decay) x weights after every update, kept in float32 and in checkpoints
+    # (with adapters: of the adapters). 0: the weights of each step.
+    teacher_ema_decay: Annotated[float, "at least 0 and less than 1"] = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -143,7 +167,7 @@ class CheckpointConfig(Section):
 
     # Steps between checkpoints; the last step is always saved.
     every: Annotated[int, "at least 1"] = 50
-    # Number of the newest checkpoints to keep, besides the one with the best avg@k.
+    # Number of the newest checkpoints to keep, besides the one with the best sampled score.
     keep: Annotated[int, "at least 1"] = 2
 
 

@@ -29,7 +29,7 @@ _RANGES: Mapping[str, Callable[[Any], bool]] = {
     "at least 1": lambda x: x >= 1,
     "at least 2": lambda x: x >= 2,
     "-1 or at least 1": lambda x: x == -1 or x >= 1,
-    "one or more numbers, more than 0 each": lambda x: len(x) > 0 and min(x) > 0,
+    "one or more different numbers above 0": lambda x: 0 < len({*x}) == len(x) and min(x) > 0,
     "0 or more each": lambda x: min(x) >= 0,
     "K * K numbers, row by row, for K stages": lambda x: (
         len(x) > 1 and math.isqrt(len(x)) ** 2 == len(x)

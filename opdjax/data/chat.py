@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
+import json
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jinja2
 
-from opdjax.data.tokenizer import TokenizerError
+from opdjax.data.tokenizer import REASONING, TokenizerError
 
 # Errors of a template that does not fit the prompt: Jinja's own and those of its expressions.
 _TEMPLATE_ERRORS = (
@@ -21,13 +24,31 @@ _TEMPLATE_ERRORS = (
     LookupError,
     AttributeError,
 )
-Messages = tuple[dict[str, str], ...]
-_PROBE = "Let x = 12.5; then 3x + 1 = ?\n\tif a<b: return 'né ü 你好'  # 1234567890"
+# A turn has a role, a content (a text, text parts, or null beside calls of tools) and any other
+# fields that its chat template may read.
+Message = dict[str, Any]
+Messages = tuple[Message, ...]
+CALLS = ("tool_calls", "function_call")
+_MARK = "opdjax-7-mark"
+_PROBES = (
+    "Let x = 12.5; then 3x + 1 = ?\n\tif a<b: return 'né ü 你好'  # 1234567890",
+    "The quick brown fox, 'jumps' over 1,234.50 lazy dogs.\n\n  Then?",
+    "def f(x):\n\treturn {'a': [x ** 2, -1e-3]}  # done",
+    "\\frac{a}{b} = \\sqrt{2}; so \\boxed{42} <think> 你好, мир, naïve 🙂",
+)
 
 
-def as_messages(prompt: str | Messages) -> list[dict[str, str]]:
+def as_messages(prompt: str | Messages) -> list[Message]:
     """The prompt as a conversation: a text is one turn of the user."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def text_of(message: Message) -> str:
+    """What a turn says: its text, or its parts in a row, and as JSON the calls that it makes."""
+    content = message.get("content") or ""
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    calls = [json.dumps(message[name], ensure_ascii=False) for name in CALLS if name in message]
+    return "\n".join([text, *calls] if text else calls)
 
 
 class TokenizerMismatchError(ValueError):
@@ -54,11 +75,26 @@ def check_same_vocabulary(student: Any, teacher: Any, recipe: str) -> None:
             f"student and teacher differ in {len(differing)} tokens (student id / teacher id: "
             f"{shown}); {advice}"
         )
-    left, right = (t.encode(_PROBE, add_special_tokens=False) for t in (student, teacher))
-    if left != right:
+    if (found := first_difference(student, teacher)) is not None:
         raise TokenizerMismatchError(
-            f"student and teacher split the same text differently ({left} / {right}); {advice}"
+            "student and teacher split the text {!r} differently ({} / {}); ".format(*found)
+            + advice
         )
+
+
+def first_difference(left: Any, right: Any) -> tuple[str, str, str] | None:
+    """The first text that two tokenizers split differently, and both splits; None if all probes are
+    split alike.
+    """
+    encode = lambda tokenizer, text: tokenizer.encode(text, add_special_tokens=False)
+    for probe in _PROBES:
+        # A word is easier to read, but only the whole probe may differ.
+        for text in (*re.findall(r"\s*\S+", probe), probe):
+            ids = [encode(tokenizer, text) for tokenizer in (left, right)]
+            if ids[0] != ids[1]:
+                pieces = zip((left, right), ids)
+                return text, *(" ".join(map(repr, t.convert_ids_to_tokens(i))) for t, i in pieces)
+    return None
 
 
 def render(
@@ -68,18 +104,24 @@ def render(
     format: str,
     system_prompt: str | None,
     enable_thinking: bool | None,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> list[int]:
     """Token ids of a prompt.
 
     Format `chat` applies the tokenizer's template and opens the assistant's turn; `raw` encodes the
-    bare text. Raises ValueError if the prompt does not fit the format.
+    bare text, without what the tokenizer puts behind it. `tools`: JSON schemas for the template.
+    Raises ValueError if the prompt does not fit the format, or the template does not read a part.
     """
     if format == "raw":
-        if not isinstance(prompt, str):
+        if tools or not isinstance(prompt, str):
             raise ValueError(
-                "a prompt made of messages needs format 'chat'; format 'raw' takes a string"
+                "a prompt made of messages needs format 'chat', as tools do; format 'raw' takes a "
+                "string"
             )
-        return tokenizer.encode(prompt)
+        ids, bare = tokenizer.encode(prompt), tokenizer.encode(prompt, add_special_tokens=False)
+        ends = range(len(bare), len(ids) + 1)
+        # An end-of-sequence token behind the prompt would end the answer before it begins.
+        return next((ids[:end] for end in ends if ids[end - len(bare) : end] == bare), ids)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template; use format 'raw'"
@@ -87,7 +129,7 @@ def render(
     messages = as_messages(prompt)
     if system_prompt is not None:
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    return _apply_template(messages, tokenizer, enable_thinking, add_generation_prompt=True)
+    return _template_ids(messages, tokenizer, enable_thinking, tools, add_generation_prompt=True)
 
 
 def assistant_header(tokenizer: Any, *, format: str, enable_thinking: bool | None) -> list[int]:
@@ -100,7 +142,7 @@ def assistant_header(tokenizer: Any, *, format: str, enable_thinking: bool | Non
     if format == "chat" and tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": "1"}]
         closed, opened = (
-            _apply_template(messages, tokenizer, enable_thinking, add_generation_prompt=is_open)
+            _template_ids(messages, tokenizer, enable_thinking, add_generation_prompt=is_open)
             for is_open in (False, True)
         )
         shared = sum(
@@ -119,25 +161,69 @@ def assistant_header(tokenizer: Any, *, format: str, enable_thinking: bool | Non
     return [eos if bos is None else bos]
 
 
-def _apply_template(
-    messages: list[dict[str, str]],
+def _template_ids(
+    messages: list[Message],
     tokenizer: Any,
     enable_thinking: bool | None,
+    tools: Sequence[dict[str, Any]] = (),
     *,
     add_generation_prompt: bool,
 ) -> list[int]:
-    """Token ids of a conversation; ValueError if the template does not accept it."""
+    """Token ids of a conversation; ValueError, which names what the template does not read."""
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    options |= {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+    write = lambda messages, tools: tokenizer.apply_chat_template(
+        messages, tools=list(tools) or None, **options
+    )
+    changes = [("'tools'", messages, (), operator.ne)] if tools else []
+    changes += [
+        (name, [*messages[:place], turn, *messages[place + 1 :]], tools, is_read)
+        for place, message in enumerate(messages)
+        for name, turn, is_read in _special_parts(message, str(tokenizer.chat_template))
+    ]
+    begin = f"the chat template of {tokenizer.name_or_path} does not"
     try:
-        text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=False, **options
-        )
+        text = write(messages, tools)
     except _TEMPLATE_ERRORS as error:
+        note = f" (it holds {', '.join(name for name, *_ in changes)})" if changes else ""
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} does not take this prompt: "
-            f"{type(error).__name__}: {error}; change it, or use format 'raw'"
+            f"{begin} take this prompt{note}: {type(error).__name__}: {error}; change it, or use "
+            "format 'raw'"
         ) from error
+    unread = []
+    for name, *changed, is_read in changes:
+        with contextlib.suppress(*_TEMPLATE_ERRORS):  # an error: the template reads that part
+            unread += [] if is_read(text, write(*changed)) else [name]
+    if unread:
+        raise ValueError(
+            f"{begin} read {unread[0]}; remove it from the data, or use a template that reads it"
+        )
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _special_parts(
+    message: Message, template: str
+) -> Iterator[tuple[str, Message, Callable[[str, str], bool]]]:
+    """The parts of a turn that not every template reads: (name, the turn with that part changed,
+    whether the texts before and after the change show that it is read).
+    """
+    where, content = f"in a turn of {message['role']!r}", message.get("content", "")
+    for field in ("name", *CALLS):
+        # Templates may know the call that a tool's turn answers by its place, not its name.
+        if field in message and (field, message["role"]) != ("name", "tool"):
+            yield f"{field!r} {where}", {**message, field: None}, operator.ne
+    for field in (name for name in REASONING if name in message):
+        # Templates leave out the reasoning of earlier turns on purpose.
+        is_read = any(re.search(rf"\b{name}\b", template) for name in REASONING)
+        yield f"{field!r} {where}", message, lambda *_, found=is_read: found
+    if content is None:  # str(None) is no text
+        is_read = lambda text, other: text.count("None") <= other.count("None")
+        yield f"'content' null {where}", {**message, "content": ""}, is_read
+    if isinstance(content, list):
+        last = {**content[-1], "text": content[-1]["text"] + _MARK}
+        is_read = lambda _, other: re.search(_MARK + "(?!['\"])", other) is not None
+        name = f"'content' as a list of parts {where}"
+        yield name, {**message, "content": [*content[:-1], last]}, is_read
 
 
 def stage_starts(text: str, markers: Sequence[str]) -> list[int | None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from opdjax.data.chat import Messages
+from opdjax.data.chat import CALLS, Message, Messages, as_messages, text_of
 from opdjax.data.sources import ColumnMap, DataError, read_rows, value_at
+from opdjax.data.tokenizer import REASONING
 
 MEAN = "mean"  # reserved: names the mean over all benchmarks in metrics
 
@@ -34,19 +37,36 @@ class Prompt:
     prompt: str | Messages
     answer: str | None = None  # the final value, for grading
     references: tuple[str, ...] = ()  # worked answers
-    # repr=False: rows without criteria or benchmark keep the digest they always had.
+    # repr=False: rows without these keep the digest they always had.
     criteria: tuple[GivenCriterion, ...] = dataclasses.field(default=(), repr=False)
     benchmark: str | None = dataclasses.field(default=None, repr=False)
+    tools: tuple[dict[str, Any], ...] = dataclasses.field(default=(), repr=False)  # JSON schemas
+    # The field of the assistant's last turn that keeps it from being a reference, which is a text.
+    not_a_text: str | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def with_tools(self) -> str | Messages:
+        """The prompt after a turn of `tools` that lists them, for readers without a template."""
+        listed = {"role": "tools", "content": json.dumps(self.tools, ensure_ascii=False)}
+        return (listed, *as_messages(self.prompt)) if self.tools else self.prompt
 
 
-def read_prompts(source: str, columns: ColumnMap = ColumnMap()) -> list[Prompt]:  # noqa: B008
-    """All rows of a data source (formats: `sources`), in their stored order."""
-    rows = []
-    for place, row in read_rows(source, columns):
+def read_prompts(
+    source: str, columns: ColumnMap = ColumnMap(), *, skips_bad_rows: bool = False
+) -> list[Prompt]:
+    """All rows of a data source (formats: `sources`), in their stored order. DataError at the first
+    bad one, unless these are to be skipped: then their number is printed.
+    """
+    rows, skipped = [], [] if skips_bad_rows else None
+    for place, row in read_rows(source, columns, skipped):
         try:
             rows.append(_parse_row(row, columns))
         except DataError as error:
-            raise DataError(f"{place}: {error}") from error
+            if skipped is None:
+                raise DataError(f"{place}: {error}") from error
+            skipped.append(f"{place}: {error}")
+    if skipped:
+        print(f"skipped {len(skipped)} bad rows (data.skip_bad_rows), first {skipped[0]}")
     if not rows:
         raise DataError(f"{source} holds no prompts; expected at least one row")
     return rows
@@ -73,7 +93,9 @@ def require_field(
     texts = ((value,) if isinstance(value, str) else value for value in values)
     lacking = [n for n, row in enumerate(texts) if not row or not all(t.strip() for t in row)]
     if lacking:
-        column = columns.get(field.removesuffix("s"), field)
+        column, held = columns.get(field.removesuffix("s"), field), rows[lacking[0]].not_a_text
+        if held is not None and field == "references":
+            reason += f"; its last turn holds {held!r}, write the whole answer as a text"
         raise DataError(
             f"prompt {lacking[0]} of {source} has no {column!r} ({len(lacking)} such rows); "
             f"{reason}"
@@ -84,7 +106,7 @@ def _parse_row(row: dict[str, Any], columns: ColumnMap) -> Prompt:
     def read(name: str, *, is_needed: bool = True) -> Any:
         return _plain(value_at(row, name), name) if is_needed or name in row else None
 
-    prompt, completion = _parse_prompt(read(columns.prompt), columns.prompt)
+    prompt, last = _parse_prompt(read(columns.prompt), columns.prompt)
     name = columns.answer or "answer"
     answer = read(name, is_needed=columns.answer is not None)
     is_number = type(answer) in (int, float) and math.isfinite(answer)
@@ -92,12 +114,16 @@ def _parse_row(row: dict[str, Any], columns: ColumnMap) -> Prompt:
         raise DataError(f"{name!r} is {answer!r}; expected a string or a number, or null for none")
     name = columns.reference or ("references" if "references" in row else "reference")
     references = _parse_references(read(name, is_needed=columns.reference is not None), name)
+    last = None if references else last
+    held = [field for field in (*CALLS, *REASONING) if last and field in last]
     return Prompt(
         prompt,
         None if answer is None else str(answer),
-        references or completion,
+        (text_of(last),) if last and not held else references,
         _parse_criteria(read(columns.rubric), columns.rubric) if columns.rubric else (),
         _parse_benchmark(read(columns.benchmark), columns.benchmark) if columns.benchmark else None,
+        _parse_tools(read("tools", is_needed=False)),
+        held[0] if held else None,
     )
 
 
@@ -151,36 +177,71 @@ def _parse_criterion(item: Any, place: str) -> GivenCriterion:
     return GivenCriterion(text, abs(weight), weight < 0, stage)
 
 
-def _parse_prompt(value: Any, name: str) -> tuple[str | Messages, tuple[str, ...]]:
+def _parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """The JSON schemas of the functions that the model may call: a list, or its JSON text."""
+    tools = value or []
+    with contextlib.suppress(ValueError):
+        tools = json.loads(value) if value and isinstance(value, str) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"'tools' is {value!r}; expected a list of JSON schemas, or its JSON text")
+    return tuple(tools)
+
+
+def _parse_prompt(value: Any, name: str) -> tuple[str | Messages, Message | None]:
     """The prompt, and the final assistant turn of a conversation: a reference, not the prompt."""
     if isinstance(value, str) and value:
-        return value, ()
-    messages = _parse_messages(value)
+        return value, None
+    messages = _parse_messages(value, name)
     if not messages:
         raise DataError(
             f"{name!r} is {value!r}; expected a non-empty string or a list of {{role, content}} "
             "messages"
         )
     if messages[-1]["role"] != "assistant":
-        return messages, ()
+        return messages, None
     if len(messages) == 1:
         raise DataError(
             f"{name!r} holds only an assistant's turn: {value!r}; expected a user's turn before it"
         )
-    return messages[:-1], (messages[-1]["content"],)
+    if messages[-2]["role"] == "assistant":
+        raise DataError(
+            f"{name!r} ends in two of the assistant's turns; expected one, the reference answer: "
+            "join them, or remove one"
+        )
+    return messages[:-1], messages[-1]
 
 
-def _parse_messages(value: Any) -> Messages | None:
-    fields = ("role", "content")
-    is_record = isinstance(value, dict) and value.keys() >= set(fields)
-    if is_record and all(isinstance(column, list) for column in value.values()):
+def _parse_messages(value: Any, name: str) -> Messages:
+    """() if it is no conversation; DataError, which names the field, for an unusable content."""
+    if isinstance(value, dict) and value and all(isinstance(x, list) for x in value.values()):
         # TFDS stores a sequence of records as a record of sequences.
-        value = [dict(zip(fields, pair)) for pair in zip(*(value[name] for name in fields))]
-    if not isinstance(value, list) or not all(
-        isinstance(m, dict) and all(isinstance(m.get(name), str) for name in fields) for m in value
-    ):
-        return None
-    return tuple({name: message[name] for name in fields} for message in value)
+        value = [dict(zip(value, turn)) for turn in zip(*value.values())]
+    is_turn = lambda turn: isinstance(turn, dict) and isinstance(turn.get("role"), str)
+    if not isinstance(value, list) or not all(map(is_turn, value)):
+        return ()
+    return tuple(_parse_message(turn, f"{name}.{n}") for n, turn in enumerate(value))
+
+
+def _parse_message(turn: dict[str, Any], place: str) -> Message:
+    """A turn with the fields that it has; tables hold null for each one that a turn lacks."""
+    turn = {name: value for name, value in turn.items() if value is not None or name == "content"}
+    content = turn.get("content")
+    if isinstance(content, list):
+        turn["content"] = [_parse_part(x, f"{place}.content.{n}") for n, x in enumerate(content)]
+    elif content is None and not turn.keys() & set(CALLS):
+        raise DataError(f"'{place}.content' is null; expected a text, or calls of tools beside it")
+    if content == [] or not isinstance(content, (str, list, type(None))):
+        raise DataError(f"'{place}.content' is {content!r}; expected a text, or parts of text")
+    # default=str: columns beside the text, such as times, may be no JSON.
+    return json.loads(json.dumps(turn, default=str))
+
+
+def _parse_part(part: Any, place: str) -> dict[str, str]:
+    part = {n: x for n, x in part.items() if x is not None} if isinstance(part, dict) else part
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    if not is_text or not isinstance(part.get("text"), str):
+        raise DataError(f"{place!r} is {part!r}; expected a text part, {{type: text, text: …}}")
+    return part
 
 
 def _parse_references(value: Any, name: str) -> tuple[str, ...]:
@@ -188,11 +249,12 @@ def _parse_references(value: Any, name: str) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else [] if value is None else value
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
         return tuple(filter(None, texts))
-    messages = _parse_messages(value) or ()
-    turns = [message["content"] for message in messages if message["role"] == "assistant"]
+    turns = [turn for turn in _parse_messages(value, name) if turn["role"] == "assistant"]
+    if held := turns and [field for field in (*CALLS, *REASONING) if field in turns[-1]]:
+        raise DataError(f"the last turn of {name!r} holds {held[0]!r}; expected its text alone")
     if not turns:
         raise DataError(
             f"the reference answers {name!r} are {value!r}; expected a string, a list of strings "
             "or messages with an assistant's turn"
         )
-    return (turns[-1],)
+    return (text_of(turns[-1]),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig
-from opdjax.data.chat import Messages, as_messages, render
+from opdjax.data.chat import Message, Messages, as_messages, render, text_of
 from opdjax.data.prompt_rows import Prompt, read_prompts, require_field
 from opdjax.data.references import read_index, references_of
 from opdjax.data.sources import ColumnMap, DataError
@@ -29,7 +30,7 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     student_ids: tuple[tuple[int, ...], ...]
     teacher_ids: tuple[tuple[int, ...], ...] | None  # None: the same as the student's
-    skipped: tuple[str, ...]  # descriptions of the prompts over the length limit
+    skipped: tuple[str, ...]  # descriptions of the prompts that are left out
     digest: str  # sha256 of the rows and of the token ids
 
     def __len__(self) -> int:
@@ -42,31 +43,53 @@ class PromptSet:
 
     @property
     def num_skipped(self) -> int:
-        """Number of prompts over the length limit."""
+        """Number of prompts that are left out."""
         return len(self.skipped)
 
 
-def load_rows(data: DataConfig, tokenizer: Any) -> list[Prompt]:
+def load_rows(data: DataConfig, tokenizer: Any, stop_ids: Sequence[int] = ()) -> list[Prompt]:
     """The rows of `data.source`; where `data.references` is set, with the answers it stores.
 
-    Raises ReferenceMissError if the index lacks a prompt, except one that is too long for the
-    student (whose tokenizer is given): every run leaves it out, so `opdjax references` skips it.
+    A reference ends before the first special token of `stop_ids` in it. ReferenceMissError if the
+    index lacks a prompt, except one that is too long for the student (whose tokenizer is given):
+    every run leaves it out, so `opdjax references` skips it.
     """
-    rows = read_prompts(data.source, ColumnMap(**data.column_names))
+    columns = ColumnMap(**data.column_names)
+    rows = read_prompts(data.source, columns, skips_bad_rows=data.skip_bad_rows)
     if data.references is None:
-        return rows
+        return _ended(rows, tokenizer, stop_ids)
 
     def is_left_out(number: int) -> bool:
         place = f"prompt {number} of {data.source}"
         return len(prompt_ids(rows[number], data, tokenizer, place)) > data.max_prompt_length
 
-    index, prompts = read_index(local_copy(data.references)), [row.prompt for row in rows]
+    index, prompts = read_index(local_copy(data.references)), [row.with_tools for row in rows]
     found = references_of(index, prompts, data.source, is_left_out)
-    return [dataclasses.replace(row, references=texts) for row, texts in zip(rows, found)]
+    answered = [dataclasses.replace(row, references=texts) for row, texts in zip(rows, found)]
+    return _ended(answered, tokenizer, stop_ids)
 
 
-def messages_of(row: Prompt, data: DataConfig) -> list[dict[str, str]]:
-    """The row as a conversation for a chat API, with the student's format and system prompt."""
+def _ended(rows: list[Prompt], tokenizer: Any, stop_ids: Sequence[int]) -> list[Prompt]:
+    """The rows with references that end before the first special token of `stop_ids`."""
+    is_special = lambda token: not tokenizer.decode([token], skip_special_tokens=True)
+    ends = [re.escape(tokenizer.convert_ids_to_tokens(n)) for n in stop_ids if is_special(n)]
+    if not ends:
+        return rows
+    end = re.compile("|".join(ends))
+    cut = lambda texts: tuple(filter(None, (end.split(text, maxsplit=1)[0] for text in texts)))
+    return [dataclasses.replace(row, references=cut(row.references)) for row in rows]
+
+
+def messages_of(row: Prompt, data: DataConfig) -> list[Message]:
+    """The row as a conversation for a chat API, with the student's format and system prompt.
+
+    DataError for a row with tools, which are no part of a conversation.
+    """
+    if row.tools:
+        raise DataError(
+            f"{data.source} has rows with 'tools', which a model behind an API is not sent; let a "
+            "checkpoint (teacher.path) write the answers"
+        )
     turns, system = as_messages(_wrapped(row, data.prompt_format)), data.system_prompt
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
@@ -92,7 +115,7 @@ def prompt_ids(
         prompt = _wrapped(row, data.prompt_format)
     try:
         options = {"system_prompt": data.system_prompt, "enable_thinking": thinking}
-        ids = render(prompt, tokenizer, format=format, **options)
+        ids = render(prompt, tokenizer, format=format, tools=row.tools, **options)
     except ValueError as error:
         raise DataError(f"{place}: {error}") from error
     if not ids:
@@ -121,9 +144,10 @@ def _with_context(
     if isinstance(row.prompt, str):
         return shown(row.prompt)
     last = max(i for i, message in enumerate(row.prompt) if message["role"] == "user")
-    return tuple(
-        {**m, "content": shown(m["content"])} if i == last else m for i, m in enumerate(row.prompt)
-    )
+    wrapped, turn = list(row.prompt), row.prompt[last]
+    is_text, text = isinstance(turn["content"], str), shown(text_of(turn))
+    wrapped[last] = {**turn, "content": text if is_text else [{"type": "text", "text": text}]}
+    return tuple(wrapped)
 
 
 def _require_context(rows: Sequence[Prompt], data: DataConfig) -> None:
@@ -153,17 +177,24 @@ def encode_prompts(
 ) -> PromptSet:
     """Render every row for student and teacher.
 
-    A row over `max_prompt_length` tokens in either view is left out and counted.
+    A row over `max_prompt_length` tokens in either view is left out and counted; with
+    `skip_bad_rows`, so is one that cannot be rendered.
     """
     _require_context(rows, data)
     limit, kept, skipped = data.max_prompt_length, [], []
     for number, row in enumerate(rows):
         place = f"prompt {number} of {data.source}"
-        _require_unicode(row, place)
-        ids = longest = prompt_ids(row, data, student_tokenizer, place)
-        if len(ids) <= limit:
-            shown = prompt_ids(row, data, teacher_tokenizer, place, of_teacher=True)
-            longest = max(ids, shown, key=len)
+        try:
+            _require_unicode(row, place)
+            ids = longest = prompt_ids(row, data, student_tokenizer, place)
+            if len(ids) <= limit:
+                shown = prompt_ids(row, data, teacher_tokenizer, place, of_teacher=True)
+                longest = max(ids, shown, key=len)
+        except DataError as error:
+            if not data.skip_bad_rows:
+                raise
+            skipped.append(f"{error}")
+            continue
         if len(longest) > limit:
             text = str(_wrapped(row, data.prompt_format))[:80]
             skipped.append(f"{place} with {len(longest)} tokens: {text!r}")
@@ -190,9 +221,9 @@ def _digest(rows: list[Prompt], *ids: tuple[tuple[int, ...], ...]) -> str:
 
 def _require_unicode(row: Prompt, place: str) -> None:
     """Raise DataError on half a surrogate pair: no tokenizer can encode it."""
-    contents = [message["content"] for message in as_messages(row.prompt)]
+    conversation = json.dumps(as_messages(row.with_tools), ensure_ascii=False)
     try:
-        "".join([*contents, *row.references, row.answer or ""]).encode()
+        "".join([conversation, *row.references, row.answer or ""]).encode()
     except UnicodeEncodeError as error:
         found = error.object[error.start]
         raise DataError(

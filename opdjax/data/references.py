@@ -23,7 +23,7 @@ _BEGINNING = f'{{"schema": "{_SCHEMA}"'  # the first bytes of every index
 
 
 class ReferenceMissError(DataError):
-    """A prompt has no answers in the index."""
+    """There is no index, or it has no answers to a prompt."""
 
 
 class ReferenceIndexError(DataError):
@@ -64,13 +64,13 @@ def key_of(prompt: str | Messages) -> str:
 
 
 def read_index(path: pathlib.Path) -> ReferenceIndex:
-    """The whole index; ReferenceIndexError if it is missing or damaged.
+    """The whole index; ReferenceMissError if there is none, ReferenceIndexError if it is damaged.
 
     An incomplete last row (an interrupted write) is ignored.
     """
     if not path.is_file():
         found = "is a directory" if path.is_dir() else "does not exist"
-        raise ReferenceIndexError(
+        raise (ReferenceIndexError if path.is_dir() else ReferenceMissError)(
             f"data.references names {path}, which {found}; write the file with opdjax references "
             "EXPERIMENT"
         )

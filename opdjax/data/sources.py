@@ -1,7 +1,8 @@
 """Data sources: where rows are stored, read as plain dictionaries.
 
     arithmetic:SPLIT                    the built-in task
-    FILE.jsonl                          JSON lines
+    FILE.jsonl, FILE.json               JSON lines, or one list of objects
+    FILE.csv, FILE.parquet              a table; the first line of a CSV file has its columns
     parquet:PATH                        a file, a directory (its .parquet files, by name) or a glob
     hf:NAME[@CONFIG]#SPLIT              a dataset of the hub, or a directory: of data files, or
                                         written by save_to_disk
@@ -17,6 +18,7 @@ as `train[:640]`. A name that begins with `/`, `.` or `~` is always a directory.
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import difflib
 import glob
@@ -35,10 +37,11 @@ from opdjax.runs.object_store import is_remote, local_copy
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # (place for error messages, row)
 _EXPECTED = (
-    "arithmetic:SPLIT, a .jsonl file, parquet:PATH, hf:NAME[@CONFIG]#SPLIT or "
-    "tfds:NAME[/CONFIG][:VERSION]#SPLIT"
+    "arithmetic:SPLIT, a .jsonl, .json, .csv or .parquet file, parquet:PATH, "
+    "hf:NAME[@CONFIG]#SPLIT or tfds:NAME[/CONFIG][:VERSION]#SPLIT"
 )
 _CHUNK = 1024  # rows converted to Python values at a time
+_MAX_CELL = 2**30  # characters of a cell of a CSV file
 
 
 class DataError(ValueError):
@@ -61,7 +64,7 @@ class ColumnMap:
         for path in named:
             if not any(_is_within(path, name) for name in names):
                 raise DataError(f"{place}: {_missing(path, dict.fromkeys(names))}")
-        named += [] if self.answer else ["answer"]
+        named += ["tools"] if self.answer else ["answer", "tools"]
         named += [] if self.reference else ["references", "reference"]
         return [name for name in names if any(_is_within(path, name) for path in named)]
 
@@ -97,29 +100,73 @@ def _missing(path: str, found: Any) -> str:
     )
 
 
-def read_rows(source: str, columns: ColumnMap) -> Rows:
-    """The rows of a data source in their stored order; of a table, only the columns needed."""
+def read_rows(source: str, columns: ColumnMap, skipped: list[str] | None = None) -> Rows:
+    """The rows of a data source in their stored order; of a table, only the columns needed.
+
+    With `skipped`, lines that are no row are left out, and their errors are added to it.
+    """
     kind, colon, rest = source.partition(":")
     if colon and kind in _READERS:
         return _READERS[kind](rest, columns)
     path = _as_path(source)
-    if path.suffix not in (".jsonl", ".json"):
+    if path.suffix == ".parquet":
+        return _parquet(source, columns)
+    if path.suffix not in (".jsonl", ".json", ".csv"):
         raise DataError(f"data source {source!r} is not known; expected {_EXPECTED}")
     if not path.is_file():
         found = "is a directory" if path.is_dir() else "does not exist"
-        raise DataError(f"data source {source} {found}; expected a local file of JSON lines")
-    return _json_lines(path)
+        raise DataError(f"data source {source} {found}; expected a local file of rows")
+    rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
+    return _readable(rows, skipped)
 
 
-def _json_lines(path: pathlib.Path) -> Rows:
+def _readable(rows: Iterator[tuple[str, bytes]], skipped: list[str] | None) -> Rows:
+    for place, line in rows:
+        try:
+            row = _json_object(line, place)
+        except DataError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+        else:
+            yield place, row
+
+
+def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+    """Lines of JSON, or, in a .json file that begins with [, the items of one list."""
     with path.open("rb") as lines:
+        first = lines.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        if path.suffix == ".json" and first == b"[":
+            try:
+                items = json.loads(path.read_text(encoding="utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}: not a list in JSON ({_first_line(error)})") from error
+            for number, item in enumerate(items, 1):
+                yield f"{path}, item {number}", json.dumps(item).encode()
+            return
+        lines.seek(0)
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield f"{path}, line {number}", _json_object(line, f"{path}, line {number}")
+                yield f"{path}, line {number}", line
+
+
+def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+    """A table as lines of JSON; a row with too many or too few cells becomes a list."""
+    csv.field_size_limit(_MAX_CELL)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            names = next(reader, [])
+            for cells in filter(None, reader):
+                row = dict(zip(names, cells)) if len(cells) == len(names) else cells
+                yield f"{path}, line {reader.line_num}", json.dumps(row).encode()
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as CSV in UTF-8: {error}") from error
 
 
 def _json_object(line: bytes, place: str) -> dict[str, Any]:
-    expected = "expected lines of one whole JSON object each, not compressed"
+    expected = "expected lines of one whole JSON object each, not compressed (in a CSV file: lines "
+    expected += "with a cell for each column)"
     try:
         # json would also accept a first line in UTF-16, and then report the second one.
         row = json.loads(line.decode("utf-8-sig").rstrip())

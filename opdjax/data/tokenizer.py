@@ -22,6 +22,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 _FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "*.model")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a turn's reasoning
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 
 
@@ -37,6 +38,7 @@ class FileTokenizer:
     name_or_path: str
     chat_template: str | None
     special_tokens: dict[str, str]  # bos_token, eos_token, …
+    tool_template: str | None = None  # for conversations with tools, if it is another
 
     # Ids of the tokens that open and end a text, fill a row, and stand for what is unknown.
     bos_token_id = property(lambda self: self._id("bos_token"))
@@ -82,10 +84,13 @@ class FileTokenizer:
         **options: Any,
     ) -> Any:
         """The text of a conversation, or with `tokenize` its ids. Errors are the template's own."""
-        template = _compiled(self.chat_template)
+        has_tools = options.get("tools") is not None and self.tool_template is not None
+        template = _compiled(self.tool_template if has_tools else self.chat_template)
         options = {"tools": None, "documents": None} | self.special_tokens | options
         text = template.render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, **options
+            messages=[_with_reasoning(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            **options,
         )
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
@@ -142,17 +147,31 @@ def _load(directory: pathlib.Path, name: str) -> Any:
     for role, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"{role} is {text!r}, expected the text of a token")
-    return FileTokenizer(backend, name, _template(directory, config), texts)
+    templates = _templates(directory, config)
+    return FileTokenizer(
+        backend, name, templates.get("default"), texts, tool_template=templates.get("tool_use")
+    )
 
 
-def _template(directory: pathlib.Path, config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else the field of tokenizer_config.json (of several: `default`)."""
+def _templates(directory: pathlib.Path, config: dict[str, Any]) -> dict[str, str | None]:
+    """Templates by name: of their own files, else those of tokenizer_config.json."""
     file, found = directory / "chat_template.jinja", config.get("chat_template")
     if file.exists():
-        return file.read_text("utf-8")
+        more = (directory / "additional_chat_templates").glob("*.jinja")
+        return {path.stem: path.read_text("utf-8") for path in more} | {
+            "default": file.read_text("utf-8")
+        }
     if isinstance(found, list):
-        return {each["name"]: each["template"] for each in found}.get("default")
-    return found
+        return {each["name"]: each["template"] for each in found}
+    return {"default": found}
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """The turn with its reasoning under each name that templates read, as in transformers."""
+    found = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    if found is None:
+        return message
+    return {"thinking": found, **message, "reasoning_content": found}
 
 
 class _Generation(jinja2.ext.Extension):

@@ -7,7 +7,6 @@ are in nats.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,12 +15,15 @@ import numpy as np
 from opdjax.config import Config, MeshConfig
 from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import require
-from opdjax.data.chat import valid_vocab
-from opdjax.data.tokenizer import load_tokenizer
+from opdjax.data.chat import first_difference, valid_vocab
+from opdjax.data.packing import to_train_batch
+from opdjax.data.references import ReferenceMissError, key_of
+from opdjax.data.tokenizer import FileTokenizer, load_tokenizer
 from opdjax.diagnose.measurements import Measurements
 from opdjax.models.hf import open_checkpoint
 from opdjax.rollouts import checks as cheap
 from opdjax.rollouts.checks import Finding, Problem, fault, finding, warning
+from opdjax.rollouts.on_policy import step_rollouts
 from opdjax.rollouts.setup import Setup, prepare, reads_scores
 
 # Below this mean score, the teacher's own answers do not meet the criteria.
@@ -36,6 +38,28 @@ def tokenizers(m: Measurements) -> Finding:
     """Strings that student and teacher map to different ids."""
     recipe = m.config.estimator.recipe
     return cheap.check_tokenizers(m.setup.tokenizer, m.setup.teacher.tokenizer, recipe)
+
+
+def tokenizer_file(m: Measurements) -> Finding:
+    """Texts that transformers splits otherwise than tokenizer.json, which is read here."""
+    from transformers import AutoTokenizer  # seconds
+
+    problems, both = [], {"student": m.setup.tokenizer, "teacher": m.setup.teacher.tokenizer}
+    for role, ours in both.items():
+        if not isinstance(ours, FileTokenizer):
+            continue
+        try:
+            theirs = AutoTokenizer.from_pretrained(ours.name_or_path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            problems.append(warning(f"transformers cannot read the {role}'s tokenizer: {error}"))
+            continue
+        if (found := first_difference(ours, theirs)) is not None:
+            split = "the {}'s tokenizer.json splits {!r} as {}, transformers as {}".format(
+                role, *found
+            )
+            advice = "opdjax reads the file; in transformers load it by PreTrainedTokenizerFast"
+            problems.append(warning(split, advice))
+    return finding("tokenizer_file", problems, "transformers splits texts as tokenizer.json does")
 
 
 def stop_tokens(m: Measurements) -> Finding:
@@ -60,11 +84,40 @@ def staleness(m: Measurements) -> Finding | None:
 
 def mask(m: Measurements) -> Finding:
     """A mask that is not 1 on exactly the sampled tokens."""
-    width, stops = m.prompts.tokens.shape[1], m.setup.decoding.stop_token_ids
-    return cheap.check_mask(m.batch, m.rollouts, width, stops)
+    width, rollouts, batch = m.prompts.tokens.shape[1], m.rollouts, m.batch
+    if m.config.sampling.completions_from == "references":
+        rollouts = step_rollouts(m.setup, {}, m.prompts, 0)
+        batch = to_train_batch(rollouts, m.prompts)
+    return cheap.check_mask(batch, rollouts, width, m.setup.decoding)
 
 
 # Checks of samples and scores
+
+
+def data(m: Measurements) -> Finding:
+    """Prompts that repeat, that are trained on and evaluated, or that lack an answer."""
+    config, held_out = m.config, m.setup.evaluator
+    parts = {config.data.source: m.setup.prompts.prompts}
+    parts |= {config.evaluation.source: held_out.prompts.prompts} if held_out else {}
+    keys = {source: [key_of(row.prompt) for row in rows] for source, rows in parts.items()}
+    problems = [
+        warning(f"{repeated} of {len(found)} prompts of {source} repeat an earlier one")
+        for source, found in keys.items()
+        if (repeated := len(found) - len(set(found)))
+    ]
+    rows, count = m.setup.prompts.prompts, len(m.setup.prompts)
+    trained, evaluated = set(keys[config.data.source]), keys.get(config.evaluation.source, [])
+    if shared := sum(key in trained for key in evaluated):
+        found = f"{shared} of {len(evaluated)} prompts of the evaluation are also trained on"
+        problems.append(warning(found, "its scores do not show how the student does on others"))
+    if count < config.train.prompts_per_step:
+        found = f"{count} prompts are fewer than train.prompts_per_step"
+        problems.append(warning(f"{found}, {config.train.prompts_per_step}: a step repeats them"))
+    for name in ("answer", "references"):
+        if 0 < (lacking := sum(not getattr(row, name) for row in rows)) < count:
+            problems.append(warning(f"{lacking} of {count} prompts have no {name}"))
+    otherwise = f"{count} different prompts, and {len(evaluated)} others in the evaluation"
+    return finding("data", problems, otherwise)
 
 
 def padded_vocabulary(m: Measurements) -> Finding:
@@ -229,15 +282,16 @@ def _behind(found: str, behind: np.ndarray, m: Measurements) -> Problem:
 
 def judge(m: Measurements) -> Finding:
     """Judges that cannot be reached, or that give no usable reply."""
+    from opdjax.judge.structured_output import described  # needs an extra
+
     judgements, _, error = m.judged
     if error is not None:
         return Finding("judge", *fault(f"the request failed: {error}"))
-    problems = sum((+judgement.tally.problems for judgement in judgements), collections.Counter())
-    counts = ", ".join(f"{name} {count}" for name, count in sorted(problems.items())) or "none"
+    problems = described(judgement.tally for judgement in judgements)
     total, failed = len(judgements), sum(not judgement.is_scored for judgement in judgements)
     text = f"{failed} of {total} groups have no score" if failed else f"{total} groups have scores"
-    status = "fault" if failed else "warning" if problems else "ok"
-    return Finding("judge", status, f"{text}; unusable replies: {counts}")
+    status = "fault" if failed else "warning" if problems != "none" else "ok"
+    return Finding("judge", status, f"{text}; unusable replies: {problems}")
 
 
 def judge_spread(m: Measurements) -> Finding | None:
@@ -306,6 +360,8 @@ _is_judged = lambda config: config.is_judged
 # In the order in which they run. A new check is a function above and a row here.
 CHECKS = (
     Check(tokenizers, "choose a teacher with the student's tokenizer", reads_scores),
+    Check(tokenizer_file, "in transformers load it by PreTrainedTokenizerFast"),
+    Check(data, "remove the repeats and shared prompts, or add what is missing"),
     Check(padded_vocabulary, "mask ids from the tokenizer's size on (valid_vocab)"),
     Check(stop_tokens, "set --sampling.stop-token-ids"),
     Check(chat_template, "copy a template, or set --data.teacher-format", reads_scores),
@@ -355,7 +411,13 @@ def run_checks(config: Config, num_prompts: int = 8, only: Sequence[str] = ()) -
     # A few rows need one device only and no separate generator.
     near_policy = dataclasses.replace(config.near_policy, generator="inline", lag="fixed")
     config = dataclasses.replace(config, mesh=MeshConfig(1), near_policy=near_policy)
-    yield from examine(prepare(config), num_prompts, only)
+    try:
+        setup = prepare(config)
+    except ReferenceMissError as error:
+        note = "the other checks need them, so they were not made"
+        yield Finding("data", *fault(str(error)), (note,))
+        return
+    yield from examine(setup, num_prompts, only)
 
 
 def examine(setup: Setup, num_prompts: int = 8, only: Sequence[str] = ()) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from opdjax.data.stop_strings import StopStrings
 from opdjax.ops.inverse_cdf import invert_cdf
 from opdjax.ops.sharding import ROW_AXES
 from opdjax.ops.tile import Head, VocabTile, head_logits
@@ -36,6 +37,7 @@ class Decoding:
     valid_vocab: int | None = None  # ids from here on pad the embedding; never sampled
     # Of the cache: auto (the parameters' dtype), float32, bfloat16 or int8.
     kv_dtype: str = "auto"
+    stop_strings: StopStrings | None = None  # texts that end a completion
 
     @property
     def has_filter(self) -> bool:

@@ -22,7 +22,7 @@ from opdjax.engine.sampler import sample
 from opdjax.models.decoder import DecoderConfig, Params
 from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
 from opdjax.ops.sharding import is_process_zero, num_row_shards, to_host
-from opdjax.runs.statistics import avg_at_k, by_benchmark, mean_and_interval, pass_at_k
+from opdjax.runs.statistics import avg_at_k, by_benchmark, mean_and_interval, pass_at_k, score_label
 from opdjax.runs.workdir import append_lines, read_lines
 
 EVALUATION_SLOTS = 512  # rows of an evaluation decoded at a time, unless sampling.slots says less
@@ -129,7 +129,7 @@ def evaluate(
         row = found[step, temperature] = {"step": step, **wanted[temperature](params)}
         on_process_zero(partial(append_lines, file, [row]))
         if temperature == config.temperature and is_process_zero():
-            line = "  ".join(f"{name} {row[name]:.3f}" for name in _SCORES)
+            line = "  ".join(f"{score_label(name, row['k'])} {row[name]:.3f}" for name in _SCORES)
             print(f"evaluation at step {step}: {line}")
     return {name: found[step, config.temperature][name] for name in _SCORES}
 

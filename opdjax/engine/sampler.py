@@ -72,6 +72,7 @@ def sample(
     mesh: Mesh | None = None,
     slots: int | None = None,
     prompt_columns: int | None = None,
+    is_wanted: Bool[np.ndarray, " B"] | None = None,
 ) -> Rollouts:
     """`num_generations` completions of each prompt (B = P * G rows; rows of a prompt are adjacent).
 
@@ -80,16 +81,20 @@ def sample(
     slots are sharded over `data` and `fsdp`, heads over `tensor`; ConfigError if `slots` is not
     divisible. `prompt_columns`: columns of the cache for prompts (None: the width of the widest
     prompt). If it is constant over a run, each prompt width and each ring length compiles once.
+    `is_wanted`: completions that are not wanted stay empty (None: all are wanted).
     Cannot be called under jit: it runs a host loop over jitted steps.
     """
     rows = RowIds.of(prompts, num_generations, first_sample)
     num_rows = len(rows.prompt_id)
     slots = num_slots(slots, num_rows, mesh)
     size = block_size(slots, num_generations, mesh)
-    blocks = deque(prompt_blocks(np.asarray(prompts.mask), size))
+    is_wanted = np.ones(num_rows, bool) if is_wanted is None else is_wanted
+    has_rows = is_wanted.reshape(-1, num_generations).any(axis=1, keepdims=True)
+    blocks = deque(prompt_blocks(np.asarray(prompts.mask) & has_rows, size))
     width = max([block.width for block in blocks] + [prompt_columns or 1])
     rings = ring_sizes(decoding.max_completion_length)
     static = {"config": config, "decoding": decoding, "mesh": mesh}
+    stop_table = decoding.stop_strings and decoding.stop_strings.table
     state = start(params, slots=slots, rows=num_rows, columns=width + rings[0], **static)
     layer_params = split_layers(params["layers"], config)
     stream_ids = np.array([seed, stream, policy_version], np.int32)
@@ -100,7 +105,7 @@ def sample(
         if blocks and not waiting:
             block = blocks.popleft()
             prefix = prefill(params, layer_params, *block.read(prompts), **static)
-            waiting.extend(block.rows(num_generations))
+            waiting.extend(pair for pair in block.rows(num_generations) if is_wanted[pair[1]])
         assignments = rows.assign(waiting, np.flatnonzero(is_done), slots)
         keeps_row = assignments.block_row < 0
         is_done, num_sampled = is_done & keeps_row, np.where(keeps_row, num_sampled, 0)
@@ -114,11 +119,12 @@ def sample(
                 state = state.replace(cache=cache)
             limit = rings[0] - longest if len(rings) > 1 else decoding.max_completion_length
             min_free_slots = max(slots // _FREE_SHARE, 1) if waiting or blocks else slots
-        schedule = prefix, assignments, stream_ids, limit, min_free_slots
+        schedule = prefix, assignments, stream_ids, limit, min_free_slots, stop_table
         state, status = advance(params, layer_params, state, *schedule, **static)
         if limit:
             is_done, num_sampled = map(np.asarray, status)
-    return _collect(state, prompts.tokens, prompts.mask, rows, policy_version, decoding, mesh)
+    static = rows, policy_version, decoding, mesh
+    return _collect(state, prompts.tokens, prompts.mask, *static, stop_table)
 
 
 @struct.dataclass
@@ -156,6 +162,7 @@ class SlotState:
     recent: SampledTokens  # [S, C]; the token sampled at clock c is in column c % C
     finished: SampledTokens  # [B, C]
     lengths: Int[Array, " B"]
+    stop_state: Int[Array, " S"] | None  # of the automaton of the stop strings, if there are any
 
 
 @partial(jax.jit, static_argnames=("prompt_columns", "config", "decoding", "mesh"))
@@ -196,6 +203,7 @@ def start(params, *, slots, rows, columns, config, decoding, mesh) -> SlotState:
         recent=no_tokens(slots),
         finished=no_tokens(rows),
         lengths=jnp.zeros(rows, jnp.int32),
+        stop_state=None if decoding.stop_strings is None else of_slot,
     )
     return _constrain(state, mesh)
 
@@ -214,6 +222,7 @@ def advance(
     stream_ids: Int[Array, "3"],
     limit: int,
     min_free_slots: int,
+    stop_table: Int[Array, "Q V"] | None = None,
     *,
     prompt_columns: int,
     config: DecoderConfig,
@@ -237,7 +246,7 @@ def advance(
 
     def step(carry):
         steps, state = carry
-        state = _sample_token(state, head, decoding, mesh)
+        state = _sample_token(state, head, decoding, mesh, stop_table)
         return steps + 1, _decode_token(state, params, layer_params, config, prompt_columns)
 
     state = _constrain(jax.lax.while_loop(keep_going, step, (0, _constrain(state, mesh)))[1], mesh)
@@ -264,7 +273,7 @@ def _fill_slots(
         "start_clock": state.clock,
         "num_sampled": 0,
         "is_done": False,
-    }
+    } | ({} if state.stop_state is None else {"stop_state": 0})
     old = {name: getattr(state, name) for name in new}
     pick = lambda new, old: jnp.where(is_new[:, None] if old.ndim == 2 else is_new, new, old)
     return state.replace(
@@ -288,12 +297,18 @@ def _retire_rows(
     return finished, put(state.lengths, state.num_sampled)
 
 
-def _sample_token(state: SlotState, head, decoding: Decoding, mesh: Mesh | None) -> SlotState:
+def _sample_token(
+    state: SlotState, head, decoding: Decoding, mesh: Mesh | None, stop_table: Array | None
+) -> SlotState:
     """Sample the next token of every slot; a slot that is done stays as it is."""
     length = decoding.max_completion_length
     sampled = draw_next(head, state.hidden, state.keys, state.num_sampled, decoding, mesh)
     column = state.clock % length
     num_sampled = state.num_sampled + ~state.is_done
+    is_ended, stop_state = is_stop(sampled[0], decoding), state.stop_state
+    if stop_table is not None:
+        stop_state = jnp.where(state.is_done, stop_state, stop_table[stop_state, sampled[0]])
+        is_ended |= stop_state == len(stop_table) - 1
 
     def put(old: Array, new: Array) -> Array:
         # The clock wraps around: a finished row that waits for `_retire_rows` must not be
@@ -305,7 +320,8 @@ def _sample_token(state: SlotState, head, decoding: Decoding, mesh: Mesh | None)
     return state.replace(
         recent=jax.tree.map(put, state.recent, SampledTokens(*sampled)),
         num_sampled=num_sampled,
-        is_done=state.is_done | is_stop(sampled[0], decoding) | (num_sampled == length),
+        is_done=state.is_done | is_ended | (num_sampled == length),
+        stop_state=stop_state,
     )
 
 
@@ -360,7 +376,14 @@ def _lengthen(
 
 @partial(jax.jit, static_argnames=("decoding", "mesh"))
 def _collect(
-    state: SlotState, prompt_tokens, prompt_mask, rows: RowIds, policy_version, decoding, mesh
+    state: SlotState,
+    prompt_tokens,
+    prompt_mask,
+    rows: RowIds,
+    policy_version,
+    decoding,
+    mesh,
+    stop_table=None,
 ) -> Rollouts:
     """The rollouts, once all rows are done."""
     sampled, lengths = _retire_rows(state, jnp.ones_like(state.is_done))
@@ -369,6 +392,11 @@ def _collect(
     mask = jnp.arange(decoding.max_completion_length) < lengths[:, None]
     sampled = jax.tree.map(lambda x: jnp.where(mask, x, 0), sampled)
     after = lambda prompt, completion: jnp.concatenate([prompt, completion], axis=1)
+    is_ended = is_stop(sampled.tokens[:, -1], decoding)
+    if stop_table is not None:
+        follow = lambda found, tokens: (stop_table[found, tokens], None)
+        found = jax.lax.scan(follow, jnp.zeros_like(lengths), sampled.tokens.T)[0]
+        is_ended |= found == len(stop_table) - 1
     zeros = jnp.zeros(prompt_mask.shape, sampled.behavior_logprobs.dtype)
     rollouts = Rollouts(
         tokens=after(prompt_tokens, sampled.tokens),
@@ -379,7 +407,7 @@ def _collect(
         prompt_id=rows.prompt_id,
         sample_id=rows.sample_id,
         policy_version=jnp.full(lengths.shape, policy_version, jnp.int32),
-        is_truncated=mask[:, -1] & ~is_stop(sampled.tokens[:, -1], decoding),
+        is_truncated=mask[:, -1] & ~is_ended,
     )
     return _by_row(rollouts, mesh)
 

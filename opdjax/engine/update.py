@@ -96,9 +96,11 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     is_decayed = lambda path, _: path[-1].key.endswith(_DECAYED)
     mask = partial(jax.tree_util.tree_map_with_path, is_decayed)
     rate, decay, name = learning_rate_at(config, num_steps), config.weight_decay, config.name
+    average = [_average_weights(config.teacher_ema_decay)] if config.teacher_ema_decay else []
     if name == "adamw":
         adam = _ADAM_B1, config.b2, _ADAM_EPSILON
-        return optax.chain(*clip, optax.adamw(rate, *adam, weight_decay=decay, mask=mask))
+        adamw = optax.adamw(rate, *adam, weight_decay=decay, mask=mask)
+        return optax.chain(*clip, adamw, *average)
     make = getattr(optax, name, None) or getattr(optax.contrib, name)
     own = {"weight_decay": 0.0} if "weight_decay" in inspect.signature(make).parameters else {}
     if name in get_args(AdamLike):
@@ -110,7 +112,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         own["muon_weight_dimension_numbers"] = _muon_matrices
     # AdamW's decay for all: optax's own leave it out, or do not multiply it by the learning rate.
     decayed = optax.add_decayed_weights(lambda count: -decay * rate(count), mask)
-    return optax.chain(*clip, make(rate, **own), *([decayed] if decay else []))
+    return optax.chain(*clip, make(rate, **own), *([decayed] if decay else []), *average)
 
 
 def _muon_matrices(params: Params) -> Any:
@@ -119,6 +121,29 @@ def _muon_matrices(params: Params) -> Any:
     is_matrix = lambda path: path[-1].key.endswith(("kernel", "lora_a", "lora_b"))
     axes_at = lambda path, _: axes if is_matrix(path) else None
     return jax.tree_util.tree_map_with_path(axes_at, params)
+
+
+class AverageState(NamedTuple):
+    """The part of the optimizer's state that a teacher is made of."""
+
+    teacher_ema: Params
+
+
+def _average_weights(decay: float) -> optax.GradientTransformation:
+    """Keep the exponential moving average of the updated parameters; updates stay as they are."""
+
+    def update(updates, state, params):
+        add = lambda old, param, step: decay * old + (1 - decay) * (param + step)
+        return updates, AverageState(jax.tree.map(add, state.teacher_ema, params, updates))
+
+    return optax.GradientTransformation(lambda params: AverageState(params), update)
+
+
+def teacher_weights(state: TrainState) -> Params:
+    """The trained parameters of a teacher that is the student: their moving average if it is kept,
+    else the current ones.
+    """
+    return optax.tree.get(state.opt_state, "teacher_ema", state.params)
 
 
 def init_state(
@@ -388,4 +413,4 @@ def scored_temperature(config: Config) -> float:
     """The temperature of both models in the loss, so that it is 0 for a student that equals its
     teacher: that of sampling, or 1 for given answers.
     """
-    return config.sampling.temperature if config.sampling.completions_from == "student" else 1.0
+    return config.sampling.temperature if config.sampling.student_samples else 1.0

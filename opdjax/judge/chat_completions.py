@@ -15,6 +15,7 @@ from opdjax.config.api import Endpoint
 from opdjax.judge.replies import Reply
 
 CHARS_PER_TOKEN = 4  # estimate, used where a server does not count and before a request is sent
+_REFUSAL = "(?:unsupported|unrecogni[sz]ed|unknown|unexpected|extra|not? (?:support|permit|allow))"
 _FORMAT_WORDS = re.compile("response_(format|schema)|json[_ ]schema|json_object|structured output")
 
 
@@ -29,7 +30,7 @@ def request_body(
     body = {
         "model": endpoint.model,
         "messages": [message | {"content": _valid(message["content"])} for message in messages],
-        endpoint.max_tokens_field: endpoint.max_tokens,
+        endpoint.limit_name: endpoint.max_tokens,
     }
     names = ("temperature", "top_p", "reasoning_effort")
     body |= {name: getattr(endpoint, name) for name in names if getattr(endpoint, name) is not None}
@@ -82,6 +83,17 @@ def error_message(text: str) -> str:
     except (ValueError, RecursionError):
         found = None
     return " ".join((found if isinstance(found, str) else text).split()) or "(nothing)"
+
+
+def refused_parameter(message: str, body: dict[str, Any]) -> str | None:
+    """The parameter of the request that the server says it does not support; None without one."""
+    # The start: some servers repeat the request, and with it what a student wrote.
+    sentence = message[:300]
+    for name in sorted(body.keys() - {"model", "messages", "response_format"}):
+        refusal = rf"{_REFUSAL}[^.]{{0,60}}\b{name}\b|\b{name}\b[^.]{{0,40}}{_REFUSAL}"
+        if re.search(refusal, sentence, re.IGNORECASE):
+            return name
+    return None
 
 
 def is_about_format(text: str) -> bool:

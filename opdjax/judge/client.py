@@ -21,6 +21,7 @@ from opdjax.judge.chat_completions import (
     error_message,
     is_about_format,
     read_reply,
+    refused_parameter,
     request_body,
     retry_after,
 )
@@ -286,7 +287,7 @@ class ApiClient:
         if self._api.max_dollars and self.spent >= self._api.max_dollars:
             raise SpendingCapError(
                 f"the run has spent {self.spent:.4f} dollars; api.max_dollars is "
-                f"{self._api.max_dollars:g}, raise it to go on"
+                f"{self._api.max_dollars:g}; raise api.max_dollars to go on"
             )
 
     async def _attempt(self, role: _Role, request: _Request, admission: Admission) -> Reply:
@@ -381,9 +382,24 @@ def _status_error(role: _Role, body: dict[str, Any], error: openai.APIStatusErro
     if status in _REJECTS_REQUEST:
         if "response_format" in body and is_about_format(text):
             return _FormatRefusedError()
-        return ApiRequestError(f"the {role.name} refuses a request with status {status}: {message}")
+        if (name := refused_parameter(message, body)) is None:
+            text = f"the {role.name} refuses a request with status {status}: {message}"
+            return ApiRequestError(text)
+        return ApiRefusedError(
+            f"the {role.name} at {endpoint.base_url} refuses every request with status {status}: "
+            f"{message.rstrip('.')}; {_advice(role, name)}"
+        )
     key = endpoint.api_key_env or "api_key_env (none is named)"
     return ApiRefusedError(
         f"the {role.name} at {endpoint.base_url} answers with status {status}: {message}; check "
         f"its base_url, model and the key in {key}"
     )
+
+
+def _advice(role: _Role, parameter: str) -> str:
+    """What to set where the server does not support a parameter of the request."""
+    names = {"max_tokens", "max_completion_tokens"}
+    if parameter in names:
+        return f"set api.max_tokens_field to {(names - {parameter}).pop()}"
+    section = "teach" if role.name == "teacher" else role.name
+    return f"leave {section}.{parameter} out, or set it to a value that the server supports"

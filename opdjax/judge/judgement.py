@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from opdjax.judge.prompts import shown_answer
+from opdjax.judge.reply_object import ERRORS
 from opdjax.judge.rubricator import induce
-from opdjax.judge.schema import ERRORS, RolloutGroup, Rubric
+from opdjax.judge.schema import RolloutGroup, Rubric
 from opdjax.judge.structured_output import NO_USABLE_REPLY, UNANSWERED, Judge, Tally
 from opdjax.judge.verifier import rate, verify
 
@@ -104,10 +105,10 @@ async def _judgement(judge: Judge, group: RolloutGroup, kind: Kind) -> Judgement
     )
 
 
-async def induce_or_none(judge: Judge, group: RolloutGroup) -> Rubric | None:
+async def induce_or_none(judge: Judge, group: RolloutGroup, tally: Tally) -> Rubric | None:
     """The rubric of a group, without verdicts; None if there is no usable reply."""
     try:
-        return await induce(judge, group, Tally())
+        return await induce(judge, group, tally)
     except NO_USABLE_REPLY:
         return None
 

@@ -1,7 +1,8 @@
 """Judges' prompts: templates (text files of the package) and the blocks of text inserted in them.
 
 A block stands between fence lines with a tag, a digest of all blocks of the message. An answer
-cannot forge its own end: it would have to contain a digest of itself.
+cannot forge its own end: it would have to contain a digest of itself. What only looks like a fence,
+and the control tokens with which a server's chat template ends a message, get a backslash inside.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from opdjax.config.validation import ConfigError
 TEMPLATES = PACKAGE / "assets" / "judge"
 _PLACE = re.compile(r"\[\[(\w+)\]\]")
 _VERSION = re.compile(r"\A# (\w+ \d+)\n")
+_CONTROL = (
+    r"== *(?:end of +)?\w+ +\d|\|[^\s<>|\[\]]{1,40}\|>|｜[^\s<>｜\[\]]{1,40}｜>|/?(?:s|think)>"
+    r"|(?:(?:start|end)_of_turn|bos|eos|pad|unk)>|/?(?:INST|SYSTEM_PROMPT)\]"
+)
+_AS_CONTROL = re.compile(rf"([=<\[])(\\*)(?={_CONTROL})", re.IGNORECASE)
+_AS_TEXT = re.compile(rf"([=<\[])\\(\\*)(?={_CONTROL})", re.IGNORECASE)
 _TAG = re.compile(r"carry the tag ([0-9a-f]{12})\b")
 # Parts of the prompt. Replies are cached by the prompt's bytes: a changed word is a cache miss.
 _CUT_OFF = "[cut off: the answer reached its length limit before it ended]"
@@ -96,7 +103,8 @@ def _tag_of(texts: Sequence[str]) -> str:
 
 def _fenced(label: str, texts: Sequence[str], tag: str) -> str:
     named = ((f"{label} {number} {tag}", text) for number, text in enumerate(texts, 1))
-    return "\n\n".join(f"=== {name} ===\n{text}\n=== end of {name} ===" for name, text in named)
+    quoted = ((name, _AS_CONTROL.sub(r"\1\\\2", text)) for name, text in named)
+    return "\n\n".join(f"=== {name} ===\n{text}\n=== end of {name} ===" for name, text in quoted)
 
 
 def read_blocks(message: str) -> dict[str, list[str]]:
@@ -112,7 +120,7 @@ def read_blocks(message: str) -> dict[str, list[str]]:
     )
     found: dict[str, list[str]] = {}
     for match in fence.finditer(message):
-        found.setdefault(match[1], []).append(match[3])
+        found.setdefault(match[1], []).append(_AS_TEXT.sub(r"\1\2", match[3]))
     return found
 
 
@@ -122,14 +130,14 @@ def list_example(name: str, item: Mapping[str, Any]) -> str:
 
 
 def shown_answer(text: str, is_truncated: bool, max_chars: int) -> str:
-    """The part of an answer that judges see: after its last `</think>`, at most `max_chars`.
+    """The part of an answer that judges see: what follows its reasoning, at most `max_chars`.
 
     A mark says if the answer was cut off. Of an answer cut off inside its reasoning the end is
     shown: thousands of characters of scratch are no answer.
     """
-    reasoning, closed, rest = text.rpartition("</think>")
-    is_open = is_truncated and not closed and "<think>" in text
-    body = (rest.strip() or reasoning.strip()) if closed else text.strip()
+    parts = [part.strip() for part in text.split("</think>")]
+    is_open = is_truncated and len(parts) == 1 and "<think>" in text
+    body = next(filter(None, reversed(parts)), "")
     # A lone surrogate cannot be sent, stored or hashed.
     body = body.encode("utf-8", "replace").decode("utf-8")
     if len(body) > max_chars:

@@ -9,7 +9,8 @@ import asyncio
 import dataclasses
 
 from opdjax.judge.judgement import Judgement
-from opdjax.judge.schema import ReplyError, object_schema, read_object
+from opdjax.judge.reply_object import ReplyError, is_written, read_object
+from opdjax.judge.schema import object_schema
 from opdjax.judge.structured_output import NO_USABLE_REPLY, Judge, JudgeRequest, ask
 
 # Words by earned share: an absent flaw is "avoided", not "met".
@@ -63,7 +64,7 @@ async def _reflect_one(judge: Judge, judgement: Judgement, place: int) -> str | 
 def _parse(text: str) -> tuple[str, tuple[str, ...]]:
     found, repairs = read_object(text, "reflection")
     reflection = found["reflection"]
-    if not isinstance(reflection, str) or not reflection.strip():
+    if not isinstance(reflection, str) or not is_written(reflection):
         raise ReplyError("schema_error", '"reflection" must be a text that is not empty')
     reflection = reflection.encode("utf-8", "replace").decode("utf-8")
     return reflection.strip(), tuple(sorted(repairs))

@@ -8,30 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import pydantic
 
 from opdjax.config.rubrics import RubricsConfig
-
-# Why a reply cannot be used, and what was repaired: names of metrics.
-ERRORS = ("empty", "truncated", "parse_error", "schema_error", "validation_error")
-REPAIRS = ("fence", "prose", "unknown_keys", "id_case", "unknown_answers")
-_FENCE = re.compile(r"\A\s*```[A-Za-z]*\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
-_MAX_STARTS = 64  # positions in prose at which an object may start
-
-
-# Its text becomes part of the next prompt, and replies are cached by the prompt's bytes: messages
-# below keep their wording.
-class ReplyError(ValueError):
-    """A reply that cannot be used; `kind` is one of ERRORS, the text says what was expected."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
+from opdjax.judge.reply_object import ReplyError, describe, is_written, read_object
 
 
 class Criterion(pydantic.BaseModel):
@@ -170,7 +153,7 @@ def parse_rubric(
 
 def _criterion(item: Any, number: int, known: Set[str], repairs: set[str], grade: str) -> Criterion:
     if not isinstance(item, dict):
-        message = f"criterion {number} is {_describe(item)}; expected an object"
+        message = f"criterion {number} is {describe(item)}; expected an object"
         raise ReplyError("schema_error", message)
     item = _without_unknown(item, known, repairs)
     if isinstance(item.get("id"), str) and item["id"] != item["id"].lower():
@@ -194,6 +177,8 @@ def _check_rubric(
     if low and all(criterion.polarity == "negative" for criterion in criteria):
         raise invalid("all criteria are negative; expected at least one that an answer can meet")
     for criterion in criteria:
+        if not is_written(criterion.text):
+            raise invalid(f"criterion {criterion.id} has no words; expected a demand")
         if stages and criterion.stage not in stages:
             expected = f"expected one of {list(stages)}"
             raise invalid(f"criterion {criterion.id} has stage {criterion.stage!r}; {expected}")
@@ -204,8 +189,8 @@ def parse_verdicts(
 ) -> ParsedAnswers:
     """Verdicts by answer, in any order in the reply.
 
-    An answer whose entry is wrong, missing or duplicated gets a problem instead. ReplyError if
-    nothing can be read.
+    An answer whose entry is wrong gets a problem instead. ReplyError if nothing can be read, or if
+    the entries are not one for each answer: their numbers may then be shifted.
     """
     kind, highest, expected = (int, 2, "0, 1 and 2") if is_graded else (bool, 1, "true and false")
 
@@ -230,27 +215,22 @@ def _parse_answers(
     text: str, num_answers: int, known: Set[str], parse_value: Callable[[dict[str, Any]], Any]
 ) -> ParsedAnswers:
     items, repairs = _read_list(text, "answers")
+    indices = [item.get("answer_index") if isinstance(item, dict) else None for item in items]
+    numbers = [index for index in indices if type(index) is int]
+    # A missing or an additional entry, or a count from 0, can shift the numbers of all others.
+    if sorted(numbers) != list(range(1, num_answers + 1)) or len(items) != num_answers:
+        expected = f"expected one entry for each answer_index from 1 to {num_answers}"
+        found = f"there are {len(items)}, with {', '.join(map(str, numbers)) or 'none'}"
+        raise ReplyError("answer_index", f"{expected}; {found}")
     values: dict[int, Any] = {}
     problems: dict[int, str] = {}
-    for item in items:
-        index = item.get("answer_index") if isinstance(item, dict) else None
-        if type(index) is not int or not 1 <= index <= num_answers:
-            repairs.add("unknown_answers")
-            continue
-        place = index - 1
-        if place in values or place in problems:
-            values.pop(place, None)
-            problems[place] = f"answer {index} is there more than once"
-            continue
+    for index, item in zip(indices, items):
         try:
-            values[place] = parse_value(_without_unknown(item, known, repairs))
+            values[index - 1] = parse_value(_without_unknown(item, known, repairs))
         except pydantic.ValidationError as error:
-            problems[place] = f"answer {index}: {_first_error(error)}"
+            problems[index - 1] = f"answer {index}: {_first_error(error)}"
         except ReplyError as error:
-            problems[place] = f"answer {index} has {error}"
-    for place in range(num_answers):
-        if place not in values:
-            problems.setdefault(place, f"answer {place + 1} is missing")
+            problems[index - 1] = f"answer {index} has {error}"
     return ParsedAnswers(values, problems, tuple(sorted(repairs)))
 
 
@@ -259,63 +239,20 @@ def _read_list(text: str, key: str) -> tuple[list[Any], set[str]]:
     document, repairs = read_object(text, key)
     items = _without_unknown(document, {key}, repairs)[key]
     if not isinstance(items, list):
-        message = f'"{key}" is {_describe(items)}; expected a list of objects'
+        message = f'"{key}" is {describe(items)}; expected a list of objects'
         raise ReplyError("schema_error", message)
     return items, repairs
 
 
-def read_object(text: str, key: str) -> tuple[dict[str, Any], set[str]]:
-    """The JSON object with this key in a reply, and the repairs made; else ReplyError."""
-    if not text.strip():
-        raise ReplyError("empty", "the reply is empty; expected a JSON object")
-    found, answer, repairs = _loaded(text), _after_reasoning(text), set()
-    if found is None and (fenced := _FENCE.match(answer)):
-        found, repairs = _loaded(fenced[1]), {"fence"}
-    if found is None:
-        found, repairs = _first_object(answer, key), {"prose"}
-    if found is None:
-        expected = f"expected one with {key!r}, and nothing around it"
-        raise ReplyError("parse_error", f"the reply holds no JSON object; {expected}")
-    if not isinstance(found, dict) or key not in found:
-        message = f"the reply is {_describe(found)}; expected a JSON object with {key!r}"
-        raise ReplyError("schema_error", message)
-    return found, repairs
-
-
-def _after_reasoning(text: str) -> str:
-    """The text after the last `</think>`: a draft inside the reasoning is no answer."""
-    _, closed, rest = text.rpartition("</think>")
-    return "" if not closed and text.lstrip().startswith("<think>") else rest
-
-
-def _loaded(text: str) -> Any:
-    """The JSON value, or None; NaN, numbers of thousands of digits, endless nesting are None."""
-    try:
-        return json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _first_object(text: str, key: str) -> dict[str, Any] | None:
-    """The first object in the text that has this key, else the first object, else None."""
-    decoder, objects, start = json.JSONDecoder(parse_constant=_refuse), [], 0
-    for _ in range(_MAX_STARTS):
-        if (start := text.find("{", start)) < 0:
-            break
-        try:
-            found, start = decoder.raw_decode(text, start)
-            objects.append(found)
-        except (ValueError, RecursionError):
-            start += 1
-    return next((found for found in objects if key in found), objects[0] if objects else None)
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
-
-
 def _without_unknown(item: Mapping[str, Any], known: Set[str], repairs: set[str]) -> dict[str, Any]:
-    if not item.keys() <= known:
+    """The item's known keys; ReplyError if another key competes, as final_score does with score."""
+    unknown = sorted(item.keys() - known)
+    for name, wanted in itertools.product(unknown, sorted(known & item.keys())):
+        is_alike = describe(item[name]) == describe(item[wanted])
+        if is_alike and name.lower().endswith(wanted):
+            message = f"both {wanted!r} and {name!r}; expected {wanted!r} alone"
+            raise ReplyError("ambiguous", message)
+    if unknown:
         repairs.add("unknown_keys")
     return {name: value for name, value in item.items() if name in known}
 
@@ -323,8 +260,3 @@ def _without_unknown(item: Mapping[str, Any], known: Set[str], repairs: set[str]
 def _first_error(error: pydantic.ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
-def _describe(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return (names | {type(None): "null"}).get(type(value), "a number")

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -31,14 +32,30 @@ from opdjax.runs.object_store import is_remote, local_copy
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-_CONFIGS = ("config.json", "generation_config.json")
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of PEFT
+_CONFIGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _STORED = ("F32", "BF16", "F16", "F64")  # dtypes of safetensors that can be cast to those
 _SAMPLE_BYTES = 2**20
+# Settings of PEFT under which an adapter is more than the product of two matrices at one scale.
+_OTHER_ADAPTERS = (
+    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("lora_bias", "trainable_token_indices", "layer_replication", "target_parameters"),
+)
 
 
 class CheckpointError(ValueError):
     """The directory is not a readable checkpoint: a file, tensor or shape is missing or wrong."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The description of a PEFT directory with low-rank adapters."""
+
+    path: pathlib.Path
+    base: tuple[str, str | None]  # directory or hub id of its base model, and revision
+    rank: int
+    scale: float  # a kernel W acts as W + scale B A
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +68,28 @@ class Checkpoint:
     config: DecoderConfig
     stop_token_ids: tuple[int, ...]  # eos_token_id of the generation config, else of the config
     stored_dtype: str
+    stop_strings: tuple[str, ...] = ()  # of the generation config
+    # Adapters that `load_params` merges into the kernels; the other fields are those of their base.
+    adapter: Adapter | None = None
 
 
 def open_checkpoint(
     path_or_id: str | os.PathLike, revision: str | None = None, *, with_weights: bool = True
 ) -> Checkpoint:
-    """Describe a local directory, a hub repository (downloaded to the hub's cache), or a built-in
-    model (`@mini_student`). Raises CheckpointError and UnsupportedModelError.
+    """Describe a local directory, a hub repository (downloaded to the hub's cache), a built-in
+    model (`@mini_student`), or the exported student of a run's work directory. The directory of a
+    PEFT adapter stands for its base model with it. Raises CheckpointError and
+    UnsupportedModelError.
 
     Without weights, config.json is enough, and only the configs of a repository are downloaded.
     """
     path = _resolve(str(path_or_id), revision, _FILES if with_weights else _CONFIGS)
+    if (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists():
+        return _open_adapted(path, with_weights)
     raw = _read_json(path / "config.json")
+    if "environment" in raw and isinstance(raw.get("config"), dict):
+        path = _student_of_run(path)
+        raw = _read_json(path / "config.json")
     family = family_of(raw)
     try:
         config = family.read_config(raw)
@@ -73,13 +100,46 @@ def open_checkpoint(
         generation = _read_json(file)
     if "eos_token_id" in generation:
         stop_ids = _read_stop_ids(file, generation, config.vocab_size)
+    texts = generation.get("stop_strings") or ()
+    texts = (texts,) if isinstance(texts, str) else tuple(texts)
     stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if not isinstance(stored, str):
         raise CheckpointError(
             f"{path / 'config.json'} sets dtype {stored!r}; expected the name of a dtype, such as "
             "'bfloat16'"
         )
-    return Checkpoint(path, raw, family, config, stop_ids, stored)
+    return Checkpoint(path, raw, family, config, stop_ids, stored, texts)
+
+
+def _open_adapted(path: pathlib.Path, with_weights: bool) -> Checkpoint:
+    """The base model of a PEFT adapter, with the adapter."""
+    file, raw = path / ADAPTER_CONFIG, _read_json(path / ADAPTER_CONFIG)
+    base = raw.get("base_model_name_or_path"), raw.get("revision")
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    is_plain = raw.get("peft_type") == "LORA" and raw.get("bias", "none") == "none"
+    other = [name for name in _OTHER_ADAPTERS if raw.get(name)]
+    is_number = type(rank) is int and rank > 0 and type(alpha) in (int, float)
+    if not (is_plain and is_number and isinstance(base[0], str)) or other:
+        found = "".join(f", {name} {raw[name]!r}" for name in other)
+        raise CheckpointError(
+            f"{file} sets peft_type {raw.get('peft_type')!r}, r {rank!r}, lora_alpha {alpha!r}, "
+            f"bias {raw.get('bias', 'none')!r}, base_model_name_or_path {base[0]!r}{found}; "
+            "expected a plain LORA adapter with the name of its base: merge another one into its "
+            "base with PEFT"
+        )
+    try:
+        checkpoint = open_checkpoint(*base, with_weights=with_weights)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} is a PEFT adapter, and its base cannot be opened: {error}; expected a "
+            f"directory or a hub id as base_model_name_or_path in {file}"
+        ) from error
+    if checkpoint.adapter is not None:
+        raise CheckpointError(
+            f"{path} is an adapter of an adapter, {base[0]}; merge that one first"
+        )
+    scale = alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+    return dataclasses.replace(checkpoint, adapter=Adapter(path, base, rank, scale))
 
 
 def _read_stop_ids(file: pathlib.Path, values: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
@@ -98,7 +158,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     cheap and still detects another model.
     """
     digest = hashlib.sha256(json.dumps(checkpoint.raw_config, sort_keys=True).encode())
-    for file in sorted(set(_locate_tensors(checkpoint.path).values())):
+    files = sorted(set(_locate_tensors(checkpoint.path).values()))
+    if (adapter := checkpoint.adapter) is not None:
+        digest.update(f"{adapter.rank} {adapter.scale}".encode())
+        files.append(adapter.path / ADAPTER)
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as weights:
@@ -113,9 +177,11 @@ def load_params(
     dtype: str,
     mesh: Mesh | None = None,
     split_over: tuple[str, ...] = WEIGHT_AXES,
+    *,
+    with_adapter: bool = True,
 ) -> Params:
     """The stacked parameters that the decoder takes, cast to `dtype`; on a `mesh`, sharded by
-    `models/partitioning.py`.
+    `models/partitioning.py`. The checkpoint's adapter is merged in float32, or left out.
 
     Each process reads the slices of its own devices, one at a time, so that no host holds the whole
     model. CheckpointError lists the tensors that are missing, unexpected or of another shape.
@@ -127,13 +193,21 @@ def load_params(
     names = {place: tensor for tensor, place in tensor_places(checkpoint).items()}
     params = abstract_params(checkpoint.config, DTYPES[dtype])
     shardings = [] if mesh is None else [shardings_of(params, mesh, split_over)]
+    pairs = adapter_matrices(checkpoint) if with_adapter else {}
+
+    def read_matrix(place, inside):
+        weight = tensors.read(names[place], inside)
+        if place not in pairs:
+            return weight
+        (a, b), (rows, columns) = pairs[place], inside
+        return weight.astype(np.float32) + checkpoint.adapter.scale * (b[rows] @ a[:, columns])
 
     def read(name, is_stacked, index):
         if not is_stacked:
             return tensors.read(names[name, None], index)
         layers, *inside = index
         numbers = range(*layers.indices(checkpoint.config.num_layers))
-        return np.stack([tensors.read(names[name, number], tuple(inside)) for number in numbers])
+        return np.stack([read_matrix((name, number), tuple(inside)) for number in numbers])
 
     def load(path, leaf, sharding=None):
         values = lambda index: read(path[-1].key, len(path) == 2, index).astype(leaf.dtype)
@@ -142,6 +216,34 @@ def load_params(
         return _place(leaf.shape, sharding, values)
 
     return jax.tree_util.tree_map_with_path(load, params, *shardings)
+
+
+def adapter_matrices(
+    checkpoint: Checkpoint,
+) -> dict[tuple[str, int | None], tuple[np.ndarray, np.ndarray]]:
+    """A `[r, in]` and B `[out, r]` in float32, by parameter and layer; empty without an adapter.
+    CheckpointError for a tensor that is no adapter of a kernel, or of another shape.
+    """
+    if checkpoint.adapter is None:
+        return {}
+    file, rank = checkpoint.adapter.path / ADAPTER, checkpoint.adapter.rank
+    stored, shapes, found = _open(file), tensor_shapes(checkpoint), {}
+    unread = set(stored.keys())
+    for tensor, place in tensor_places(checkpoint).items():
+        module = f"base_model.model.{tensor.removesuffix('.weight')}"
+        pair = tuple(f"{module}.lora_{letter}.weight" for letter in "AB")
+        if not place[0].endswith("_kernel") or not unread.issuperset(pair):
+            continue
+        a, b = (stored.get_tensor(name).astype(np.float32) for name in pair)
+        if (*b.shape, *a.shape) == (shapes[tensor][0], rank, rank, shapes[tensor][1]):
+            found[place] = a, b
+            unread -= set(pair)
+    if unread or not found:
+        raise CheckpointError(
+            f"{file} holds {sorted(unread)[:1] or 'nothing'}; expected the lora_A and lora_B of "
+            f"kernels of {checkpoint.path} alone, of rank {rank}, as PEFT saves them"
+        )
+    return found
 
 
 def _place(
@@ -182,6 +284,18 @@ def _resolve(path_or_id: str, revision: str | None, wanted: tuple[str, ...]) -> 
             f"{error}"
         ) from error
     return pathlib.Path(path)
+
+
+def _student_of_run(workdir: pathlib.Path) -> pathlib.Path:
+    """The student that a finished run has exported; CheckpointError if it is not there."""
+    result = workdir / "result.json"
+    student = workdir / str(_read_json(result).get("student")) if result.exists() else None
+    if student is None or not student.is_dir():
+        raise CheckpointError(
+            f"{workdir} is the work directory of a run without a student; expected a model: finish "
+            f"the run, or write a checkpoint's student with opdjax export {workdir} OUT"
+        )
+    return student
 
 
 def _built_in(name: str) -> pathlib.Path:
@@ -231,6 +345,12 @@ def _locate_tensors(path: pathlib.Path) -> dict[str, pathlib.Path]:
             raise CheckpointError(
                 f"{path / INDEX} names files that do not exist (download them too): "
                 f"{', '.join(absent)}"
+            )
+        if SINGLE not in files and (path / SINGLE).exists():
+            raise CheckpointError(
+                f"{path} holds {SINGLE} and, in {INDEX}, other files of weights: one of them is "
+                "stale, and transformers would load the former; move the stale one out "
+                "of the directory that student.path or teacher.path names"
             )
         return {name: path / file for name, file in weight_map.items()}
     if not (path / SINGLE).exists():
@@ -295,10 +415,17 @@ def _check_tensors(checkpoint: Checkpoint, tensors: _Tensors) -> None:
     expected, located = tensor_shapes(checkpoint), tensors.located
     # Old Llama checkpoints store the rotary frequencies of each layer, which config.json implies.
     extra = {name for name in located if not name.endswith(".rotary_emb.inv_freq")} - set(expected)
+    is_tied = "true" if checkpoint.config.ties_embeddings else "false"
+    other = (
+        "false if the model has a head of its own" if is_tied == "true" else "true if it has none"
+    )
+    tied = f" (tie_word_embeddings is {is_tied} in config.json, or by default: set it to {other})"
+    hints = {checkpoint.family.global_names["head"]: tied}
     problems = [f"missing tensor {name}" for name in sorted(set(expected) - set(located))]
     for name in sorted(extra):
         if not _is_tied_copy(checkpoint, tensors, name):
             problems.append(f"unexpected tensor {name}")
+    problems = [problem + hints.get(problem.rpartition(" ")[2], "") for problem in problems]
     for name in sorted(set(expected) & set(located)):
         found = tensors.lazy(name)
         if (shape := tuple(found.get_shape())) != expected[name]:

@@ -25,7 +25,7 @@ from opdjax.models.hf import (
     tensor_places,
     tensor_shapes,
 )
-from opdjax.models.lora import merged, without_adapters
+from opdjax.models.lora import continues, merged, without_adapters
 from opdjax.ops.sharding import is_process_zero, to_host
 
 _COPIED = (
@@ -62,6 +62,11 @@ def export(
             config = source.raw_config | {"dtype": dtype}
             config.pop("torch_dtype", None)
             (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if source.stop_strings:
+                file = staging / "generation_config.json"
+                generation = json.loads(file.read_text("utf-8")) if file.exists() else {}
+                generation["stop_strings"] = list(source.stop_strings)
+                file.write_text(json.dumps(generation, indent=2) + "\n")
         _write_files(params, source, DTYPES[dtype], staging)
     return out
 
@@ -71,10 +76,11 @@ def export_adapter(
 ) -> None:
     """Write the adapters of `params` in float32 for PEFT: `PeftModel.from_pretrained(model, out)`.
 
-    `student` names the base model. The directory appears complete or not at all.
+    `student` names the base model, or an adapter of it that was trained further. The directory
+    appears complete or not at all.
     """
-    name, revision = student.place
-    names, tensors, is_built_in = source.family.layer_names, {}, student.path.startswith("@")
+    name, revision = source.adapter.base if source.adapter else student.place
+    names, tensors, is_built_in = source.family.layer_names, {}, name.startswith("@")
     for leaf, stacked in params["layers"].items():
         target, is_adapter, letter = leaf.partition("_lora_")
         for layer, matrix in enumerate(to_host(stacked) if is_adapter else ()):
@@ -109,10 +115,10 @@ def export_student(
     dtype: str | None,
 ) -> pathlib.Path:
     """Export the student to `out`, and its adapters, if it has any, to `OUT_adapter`; returns
-    `out`.
+    `out`. Adapters of a base that another adapter was merged into are in `out` alone.
     """
     export(params, source, out, dtype)
-    if lora.rank:
+    if lora.rank and (source.adapter is None or continues(source, lora)):
         export_adapter(params, source, lora, student, out.with_name(f"{out.name}_adapter"))
     return out
 

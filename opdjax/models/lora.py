@@ -7,13 +7,16 @@ would use another function than the update. For the same reason there is no drop
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from opdjax.config import LoraConfig, LoraTarget
 from opdjax.models.decoder import DecoderConfig, Params, abstract_params
+from opdjax.models.hf import Checkpoint, adapter_matrices
 
 _STREAM = 3  # random stream of the run's seed; the sampler uses streams 0 to 2
 
@@ -34,6 +37,28 @@ def init_adapters(model: DecoderConfig, lora: LoraConfig, seed: int) -> Params:
             key, (num_layers, lora.rank, size_in), jnp.float32, -bound, bound
         )
         layers[f"{target}_lora_b"] = jnp.zeros((num_layers, size_out, lora.rank))
+    return {"layers": layers}
+
+
+def continues(checkpoint: Checkpoint, lora: LoraConfig) -> bool:
+    """Whether a run with these settings trains the checkpoint's own adapter further: it has the
+    same rank, scale and kernels, in every layer.
+    """
+    adapter = checkpoint.adapter
+    if adapter is None or adapter.rank != lora.rank or not math.isclose(adapter.scale, lora.scale):
+        return False
+    layers = range(checkpoint.config.num_layers)
+    wanted = {(f"{target}_kernel", layer) for target in lora.targets for layer in layers}
+    return adapter_matrices(checkpoint).keys() == wanted
+
+
+def stored_adapters(checkpoint: Checkpoint, lora: LoraConfig) -> Params:
+    """The checkpoint's adapter in the form of `init_adapters`; host arrays."""
+    matrices, layers = adapter_matrices(checkpoint), {}
+    for target in lora.targets:
+        kernels = [matrices[f"{target}_kernel", n] for n in range(checkpoint.config.num_layers)]
+        for letter, stacked in zip("ab", map(np.stack, zip(*kernels))):
+            layers[f"{target}_lora_{letter}"] = stacked
     return {"layers": layers}
 
 

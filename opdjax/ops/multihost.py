@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,9 +30,9 @@ class OtherFailedError(RuntimeError):
 
 
 class InterruptedRunError(RuntimeError):
-    """The run stopped on request (SIGTERM); everything it needs to continue is saved."""
+    """The run stopped on request (SIGTERM, Ctrl-C); what it needs to continue is saved."""
 
-    exit_status = 143  # 128 + SIGTERM, as in shells
+    exit_status = 143  # 128 + SIGTERM, as in shells; `stop_requests` sets that of another signal
 
 
 def join(processes: int) -> None:
@@ -110,18 +111,53 @@ def agreed(value: bool) -> bool:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields `is_requested(step)`: whether a process of the run received SIGTERM. All processes get
-    the same answer at the same step.
+    """Yields `is_requested(step)`: whether a process of the run received SIGTERM or Ctrl-C. All
+    processes get the same answer at the same step. A second Ctrl-C ends the process at once.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point  # jax handles the signal itself
-        return
-    received = threading.Event()
+    is_alone = jax.process_count() == 1
+    received: list[int] = []
+    is_requested = lambda step: bool(received)
+    if not is_alone:
+        is_requested = multihost_utils.reached_preemption_sync_point
     if threading.current_thread() is not threading.main_thread():  # python allows no handler there
-        yield lambda step: False
+        yield is_requested
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    # A notebook interrupts a cell by SIGINT. Of several processes, jax handles SIGTERM itself.
+    handled = set() if "ps1" in vars(sys) else {signal.SIGINT}
+    handled |= {signal.SIGTERM} if is_alone else set()
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in handled}
+    # Python calls a handler after the step or the compilation in progress, but writes the number of
+    # the signal to this file at once.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(reader, handled, received), daemon=True)
+    watcher.start()
     try:
-        yield lambda step: received.is_set()
+        yield is_requested
+    except InterruptedRunError as error:
+        error.exit_status = 128 + (received or [signal.SIGTERM])[0]
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
+
+
+def _watch(reader: int, handled: set[int], received: list[int]) -> None:
+    """Act on the signals whose numbers can be read, until the end of the file."""
+    interrupts = 0
+    while found := os.read(reader, 1):
+        received += [number for number in found if number in handled]
+        if found[0] != signal.SIGINT or found[0] not in handled:
+            continue
+        interrupts += 1
+        if interrupts > 1:
+            os._exit(128 + signal.SIGINT)
+        text = "\nstopping after the step in progress; a second Ctrl-C ends the run at once"
+        print(text, file=sys.stderr, flush=True)
+        if signal.SIGTERM not in handled:  # jax handles it, and tells the other processes
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -17,11 +17,6 @@ _POSITION = re.compile(r"kl/position/(\d+)-(\d+)")
 Bucket = tuple[int, int]  # first and last completion token, both included
 
 
-def score_label(name: str, k: int | None) -> str:
-    """`avg@8` for `avg@k` where k is known."""
-    return name if k is None else name.replace("@k", f"@{k}")
-
-
 def evaluated(run: Run) -> list[dict[str, Any]]:
     """The evaluations at the temperature of the config, by step."""
     temperature = next(iter(run.config.get("evaluation", {}).get("temperatures", ())), None)

@@ -29,7 +29,7 @@ _CONTEXTS: dict[str, dict[str, Any]] = {
     "against": {},
     "audit": exported(audit),
     "run": exported(measures, judgements, near_policy, timeline, judged, run, statistics, rubrics),
-    "sweep": {"cells": cells, "claimed": claimed},
+    "sweep": {"cells": cells, "claimed": claimed} | exported(statistics),
 }
 
 

@@ -18,6 +18,7 @@ from opdjax.report.near_policy import filter_facts, staleness_facts
 from opdjax.report.text import fixed, percent, shown, spread
 from opdjax.report.timeline import timeline_facts
 from opdjax.runs.results import AXES, Run, is_number
+from opdjax.runs.statistics import has_right_answer
 
 # Limits that keep a page small: steps, rollouts per step, tokens per rollout.
 _STEPS, _ROLLOUTS, MAX_TOKENS = 5, 4, 256
@@ -40,6 +41,7 @@ def run_facts(
         "description": recipe.description if recipe else "",
         "options": {key: shown(v) for key, v in measures.estimator_options(run).items()},
         "completions_from": run.config["sampling"].get("completions_from", "student"),
+        "student_fraction": run.config["sampling"].get("student_fraction", 0),
         "teacher_need": recipe.teacher_need(measures.estimator_options(run)) if recipe else None,
         "is_rewarded": recipe is not None and recipe.is_rewarded,
         # Of near-policy rollouts, or none.
@@ -62,6 +64,7 @@ def run_facts(
         "kl": _ends(run, "kl/student_teacher", length),
         "is_kl_sampled": _is_kl_sampled(run, recipe),
         "signal_to_noise": _signal_to_noise(run),  # of the gradient, by step
+        "is_all_wrong": bool(rows) and not has_right_answer(run.evaluations),
         "k": measures.samples_per_prompt(run),
         "temperature": rows[0].get("temperature") if rows else None,
         "evaluations": [{key: v for key, v in row.items() if key not in _LONG} for row in rows],

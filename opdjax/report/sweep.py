@@ -22,10 +22,10 @@ from opdjax.report.answers import Marker, of_arms, unmarked
 from opdjax.report.drawing import REST, SERIES, Line, interval_line, smooth, smoothing_window
 from opdjax.report.papers.compare import PaperFacts, of_table, paper_facts
 from opdjax.report.papers.tables import paper_named
-from opdjax.report.table import COLUMNS
+from opdjax.report.table import COLUMNS, column_interval
 from opdjax.report.text import fixed, shown
 from opdjax.runs.results import AXES, Point, Run, is_number, mean, read_run, seed_groups
-from opdjax.runs.statistics import seed_interval
+from opdjax.runs.statistics import has_right_answer, seed_interval
 from opdjax.runs.workdir import WorkdirError
 
 Interval = tuple[float, float]  # mean over seeds, half width of its 95 % interval
@@ -106,6 +106,7 @@ class SweepFacts:
 
     name: str
     k: int | None  # of avg@k; None if runs differ in it
+    is_all_wrong: bool  # there are evaluations, and none of any run graded an answer right
     arms: tuple[Arm, ...]
     references: tuple[Arm, ...]
     best: tuple[str, ...]  # the arms that share the highest score, at three digits
@@ -143,6 +144,7 @@ def sweep_facts(
     arms = [arm for arm in every if not arm.is_reference] or every
     finished = [run for arm in arms for run in arm.runs]
     counts = [measures.samples_per_prompt(run) for arm in every for run in arm.runs]
+    evaluations = [row for run in runs.values() for row in run.evaluations]
     scores = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
     spans = (arm.score for arm in arms if arm.score)
     ends = [m + side * (h if is_number(h) else 0.0) for m, h in spans for side in (-1, 1)]
@@ -161,6 +163,7 @@ def sweep_facts(
     return SweepFacts(
         name,
         _agreed(k for k in counts if k is not None),
+        bool(evaluations) and not has_right_answer(evaluations),
         tuple(arms),
         references=tuple(arm for arm in every if arm.is_reference and arms is not every),
         best=tuple(name for name, score in scores.items() if score == scores[arms[0].name] != "–"),
@@ -239,7 +242,7 @@ def _ranked(points: Sequence[Point], runs: Mapping[pathlib.Path, Run]) -> list[A
                 is_reference=are_many and config["student"]["path"] == config["teacher"]["path"],
                 seeds={point.config["seed"]: points.index(point) for point in group.points},
                 num_runs=len(done),
-                numbers={name: interval(map(read, done)) for name, read in COLUMNS.items()},
+                numbers={name: column_interval(name, done) for name in COLUMNS},
                 costs={axis: interval(measures.spent(run, axis) for run in done) for axis in AXES},
                 config=config,
                 runs=tuple(done),

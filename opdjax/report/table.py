@@ -16,10 +16,19 @@ from typing import Any, Literal
 
 import jinja2
 
+from opdjax.report.measures import SCORES
 from opdjax.report.papers.compare import Cell, Comparison, Interval, Part, Verdict, compare, finite
 from opdjax.report.papers.tables import PaperColumn, paper_named, paper_tables
-from opdjax.runs.results import Point, Run, SeedGroup, read_group, read_points, seed_groups
-from opdjax.runs.statistics import seed_interval
+from opdjax.runs.results import (
+    Point,
+    Run,
+    SeedGroup,
+    is_number,
+    read_group,
+    read_points,
+    seed_groups,
+)
+from opdjax.runs.statistics import NO_RIGHT_ANSWER, rule_of_three, score_label, seed_interval
 from opdjax.runs.workdir import WorkdirError, read_run_config
 
 Format = Literal["markdown", "latex", "csv", "json"]
@@ -113,7 +122,12 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
     joined = lambda found: " ± ".join(fixed(each) for each in found if each is not None)
     parts = lambda name: [name, f"{name} half interval"] if is_csv else [name]
     shown = lambda found: found if is_csv else [joined(found)]
-    header = [*names, *(part for name in columns for part in parts(name)), "n", "missing"]
+    fields = ("source", "num_samples", "num_prompts")
+    kinds = {tuple(point.config["evaluation"][name] for name in fields) for point in points}
+    every_k = {k for _, k, _ in kinds}
+    k = every_k.pop() if len(every_k) == 1 and not is_csv else None
+    header = [score_label(part, k) for name in columns for part in parts(name)]
+    header = [*names, *header, "n", "missing"]
     lines = [
         [
             *(str(row["overrides"].get(name, "")) for name in names),
@@ -125,19 +139,36 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
     ]
     if is_csv:
         return _comma_separated([header, *lines])
-    fields = ("source", "num_samples", "num_prompts")
-    kinds = {tuple(point.config["evaluation"][name] for name in fields) for point in points}
-    facts = {"points": points, "has_runs": bool(columns), "evaluations": sorted(kinds, key=str)}
+    graded = (*SCORES, "gain in avg@k")
+    scored = [row["values"].get(name, _NONE)[0] for row in rows for name in graded]
+    is_wrong = any(score is not None for score in scored) and not any(scored)
+    facts = {"no_right_answer": NO_RIGHT_ANSWER if is_wrong else ""}
+    facts |= {"points": points, "has_runs": bool(columns), "evaluations": sorted(kinds, key=str)}
     return _rendered("sweep", format, header=header, rows=lines, **facts)
 
 
 def _row(group: SeedGroup) -> dict[str, Any]:
     """A setting, the mean and interval of its runs in each column, their number, missing points."""
     runs = read_group(group)
-    found = {name: [v for v in map(read, runs) if v is not None] for name, read in COLUMNS.items()}
-    values = {name: finite(*seed_interval(numbers)) for name, numbers in found.items() if numbers}
+    found = {name: column_interval(name, runs) for name in COLUMNS}
+    values = {name: finite(*interval) for name, interval in found.items() if interval}
     about = {"overrides": group.overrides, "values": values}
     return about | {"n": len(runs), "missing": group.missing}
+
+
+def column_interval(name: str, runs: Sequence[Run]) -> tuple[float, float] | None:
+    """(mean of a column, half its 95 % interval over seeds); None if no run has a number.
+
+    The interval of a share that is 0, or 1, in every seed is that over the prompts.
+    """
+    numbers = [value for value in map(COLUMNS[name], runs) if is_number(value)]
+    if not numbers:
+        return None
+    mean, half = seed_interval(numbers)
+    if half == 0 and name in SCORES and mean in (0.0, 1.0):
+        counts = (run.result["eval_after"].get("num_prompts", 0) for run in runs if run.result)
+        half = rule_of_three(min(counts))
+    return mean, half
 
 
 # Papers

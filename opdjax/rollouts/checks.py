@@ -17,6 +17,7 @@ import numpy as np
 from opdjax.config import DataConfig
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, render
 from opdjax.data.prompts import PromptSet
+from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import last_tokens
 from opdjax.models.decoder import Params
 from opdjax.ops.sharding import is_process_zero
@@ -27,11 +28,6 @@ from opdjax.types import Metrics, Rollouts, TrainBatch
 Status = Literal["ok", "warning", "fault"]
 Problem = tuple[Status, str]
 _SIGNS = {"ok": "✓", "warning": "!", "fault": "✗"}  # from the least severe to the most
-_PROBES = (
-    "The quick brown fox, 'jumps' over 1,234.50 lazy dogs.\n\n  Then?",
-    "def f(x):\n\treturn {'a': [x ** 2, -1e-3]}  # done",
-    "\\frac{a}{b} = \\sqrt{2}; so \\boxed{42} <think> 你好, мир, naïve 🙂",
-)
 _ANSWER = "opdjax answer 7"
 _SHOWN_LINES = 24
 SHIFTS = (("right", 1), ("left", -1))  # (side, columns), as np.roll counts them
@@ -113,7 +109,7 @@ def check_first_step(
         is_kept = np.asarray(batch.segment_ids).any(axis=1)
         batch, rollouts = jax.tree.map(lambda x: np.asarray(x)[is_kept], (batch, rollouts))
     prompt_width = rollouts.tokens.shape[1] - setup.config.sampling.max_completion_length
-    findings = [check_mask(batch, rollouts, prompt_width, setup.decoding.stop_token_ids)]
+    findings = [check_mask(batch, rollouts, prompt_width, setup.decoding)]
     # The metric reads the behaviour log-probs, which a filter changes and the update does not see.
     gap, dtype = metrics.get("rollout/logprob_gap"), coarsest_dtype(setup)
     allowed = tolerance(jax.default_backend(), dtype).mean
@@ -148,12 +144,8 @@ def check_tokenizers(student: Any, teacher: Any, recipe: str) -> Finding:
     except TokenizerMismatchError as error:
         return Finding("tokenizers", "fault", str(error))
     problems = []
-    for text in _PROBES:
-        ours, theirs = (t.encode(text, add_special_tokens=False) for t in (student, teacher))
-        if ours != theirs:
-            split = f"student and teacher split {text!r} differently ({ours} and {theirs})"
-            problems.append(fault(split, "give both the same tokenizer.json"))
-    ours, theirs = (t.encode("a") for t in (student, teacher))
+    options = {"format": "raw", "system_prompt": None, "enable_thinking": None}
+    ours, theirs = (render("a", t, **options) for t in (student, teacher))
     if ours != theirs:
         encoded = f"the student's tokenizer encodes 'a' as {ours}, the teacher's as {theirs}"
         advice = "one of them adds a special token, so prompts of data.format raw differ"
@@ -217,6 +209,10 @@ def check_stop_tokens(setup: Setup, teacher_answers: Rollouts | None = None) -> 
             found = f"the {role}'s tokenizer ends with {name([eos])}"
             found += f", its generation config with {name(configured[role])}"
             problems.append(warning(found, "make them agree: other engines may stop elsewhere"))
+    if ended := [ids[-1] for ids in setup.prompts.student_ids if ids[-1] in stops]:
+        found = f"{len(ended)} of {len(setup.prompts)} prompts end in {name(ended)}, where answers"
+        advice = "open the assistant's turn (a chat template), or end the texts before it"
+        problems.append(warning(f"{found} stop", advice))
     otherwise = f"answers of both models end at {name(stops)}"
     if teacher_answers is not None:
         is_cut = np.asarray(teacher_answers.is_truncated)
@@ -232,7 +228,7 @@ def check_stop_tokens(setup: Setup, teacher_answers: Rollouts | None = None) -> 
     details += [f"{role}'s template ends a turn with {name([t])}" for role, t in turns.items()]
     result = finding("stop_tokens", problems, otherwise, details if problems else ())
     # Given answers are cut where the student stops; only answers sampled later can run on.
-    is_given = sampling.completions_from != "student"
+    is_given = not sampling.student_samples
     return dataclasses.replace(result, status="warning") if problems and is_given else result
 
 
@@ -331,9 +327,10 @@ def _shortened(lines: list[str]) -> list[str]:
 
 def _thinking_effect(prompts: PromptSet, data: DataConfig, tokenizer: Any) -> list[str]:
     """Return the token strings that turning thinking off adds (+) and removes (-)."""
-    prompt = prompts.prompts[0].prompt
+    row, system = prompts.prompts[0], data.system_prompt
+    prompt = row.prompt
     prompt = data.prompt_format.replace("{prompt}", prompt) if isinstance(prompt, str) else prompt
-    ids = partial(render, prompt, tokenizer, format="chat", system_prompt=data.system_prompt)
+    ids = partial(render, prompt, tokenizer, format="chat", system_prompt=system, tools=row.tools)
     on, off = (_pieces(ids(enable_thinking=flag), tokenizer) for flag in (True, False))
     headers = ("---", "+++", "@@")
     changed = difflib.unified_diff(on, off, lineterm="", n=0)
@@ -350,9 +347,9 @@ def check_sampling_filter(setup: Setup, rollouts: Rollouts | None = None) -> Fin
     minus the log of the mass that the filter keeps.
     """
     config, name = setup.config, "sampling_filter"
-    is_sampled = config.sampling.completions_from == "student"  # given answers pass no filter
+    is_sampled = config.sampling.student_samples  # given answers pass no filter
     has_filter, removed = setup.decoding.has_filter and is_sampled, None
-    if rollouts is not None and is_sampled:
+    if rollouts is not None and is_sampled and rollouts.behavior_logprobs is not None:
         behavior, unfiltered = rollouts.behavior_logprobs, rollouts.unfiltered_logprobs
         removed = (np.asarray(behavior) - np.asarray(unfiltered))[np.asarray(rollouts.mask)]
     neutral, evaluation = {"temperature": 1, "top_p": 1, "top_k": 0}, config.evaluation
@@ -422,22 +419,24 @@ def coarsest_dtype(setup: Setup) -> str:
 
 
 def check_mask(
-    batch: TrainBatch, rollouts: Rollouts, prompt_width: int, stop_token_ids: Sequence[int]
+    batch: TrainBatch, rollouts: Rollouts, prompt_width: int, decoding: Decoding
 ) -> Finding:
     """Check that the mask is 1 on exactly the sampled tokens, including the stop token.
 
     The sampled tokens are found from the tokens alone: in a row with a prompt, every column from
-    `prompt_width` to the first stop token. Given answers may lack a stop token, so for them the
-    mask of the rollouts is trusted.
+    `prompt_width` to the first stop token or stop string. Given answers may lack one, so they end
+    with their segment.
     """
     mask, segments = np.asarray(batch.mask).astype(bool), np.asarray(batch.segment_ids)
     tokens = np.asarray(rollouts.tokens)
     has_prompt = np.asarray(rollouts.segment_ids)[:, :prompt_width].any(axis=1)
-    is_stop = np.isin(tokens[:, prompt_width:], np.asarray(stop_token_ids))
+    is_stop = np.isin(tokens[:, prompt_width:], np.asarray(decoding.stop_token_ids))
+    if decoding.stop_strings is not None:
+        is_stop |= decoding.stop_strings.is_met(tokens[:, prompt_width:])
     sampled = np.zeros(tokens.shape, bool)
     sampled[:, prompt_width:] = has_prompt[:, None] & (np.cumsum(is_stop, axis=1) - is_stop == 0)
     if rollouts.behavior_logprobs is None:
-        sampled = np.asarray(rollouts.mask).astype(bool)
+        sampled &= np.asarray(rollouts.segment_ids) > 0
     problems = []
     if len(wrong := np.argwhere(mask != sampled)):
         row, column = wrong[0]

@@ -19,6 +19,7 @@ import numpy as np
 
 from opdjax.config import Config
 from opdjax.config.rubrics import MAX_FAILED_SHARE
+from opdjax.data.chat import Messages, text_of
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompt_rows import Prompt
 from opdjax.data.prompts import collate, indices_at, padded_width, prompt_ids
@@ -37,6 +38,7 @@ from opdjax.judge.judgement import (
 from opdjax.judge.reflection import reflect, rubric_text, verdict_text
 from opdjax.judge.replies import ApiError
 from opdjax.judge.schema import Criterion
+from opdjax.judge.structured_output import Tally, described
 from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
 from opdjax.ops.sharding import num_row_shards, to_host
 from opdjax.rollouts.on_policy import draw, prompts_of
@@ -152,7 +154,7 @@ class JudgedSource(RolloutSource):
         for start in range(0, len(texts), size):
             prompt, own = int(ids[start]), slice(start, start + size)
             row = setup.prompts.prompts[prompt]
-            question, judge = as_question(row.prompt), self._background.judge
+            question, judge = as_question(row.with_tools), self._background.judge
             group = group_of(judge, prompt, question, row.references, texts[own], is_truncated[own])
             if self._kind == "rubric":
                 group = self._criteria.with_existing(group, self._own_criteria(row))
@@ -230,7 +232,8 @@ class JudgedSource(RolloutSource):
         failed = metrics["rubric/failed_share"]
         if failed <= MAX_FAILED_SHARE:
             return judgements, metrics, None
-        return judgements, metrics, f"{failed:.0%} of the groups failed ({_causes(metrics)})"
+        causes = described(each.tally for group in judgements for each in group)
+        return judgements, metrics, f"{failed:.0%} of the groups failed ({causes})"
 
     def _record(
         self, judgements: list[list[Judgement]], is_correct: np.ndarray | None, step: int
@@ -287,7 +290,9 @@ class JudgedSource(RolloutSource):
     def _store_rubrics(self, rollouts: Rollouts) -> ApiError | str | None:
         """Have rubrics written and store them; return why the run must stop."""
         background, groups, problem = self._background, self._groups(rollouts), None
-        requests = [background.submit(induce_or_none(background.judge, each)) for each in groups]
+        tally = Tally()
+        submit = lambda group: background.submit(induce_or_none(background.judge, group, tally))
+        requests = [submit(group) for group in groups]
         try:
             found = background.results(requests)
         except ApiError as error:
@@ -299,19 +304,20 @@ class JudgedSource(RolloutSource):
         num_lacking = len(rubrics) - len(written)
         # A missing rubric is frozen too, unless many are missing: then the judge is at fault.
         if num_lacking > MAX_FAILED_SHARE * len(rubrics):
-            problem = f"{num_lacking} of {len(rubrics)} prompts have no rubric"
+            found = f"{num_lacking} of {len(rubrics)} prompts have no rubric"
+            problem = f"{found} ({described([tally])})"
             rubrics = written
         self._criteria.freeze(rubrics)
         return problem
 
 
-def as_question(prompt: str | Sequence[dict[str, str]]) -> str:
+def as_question(prompt: str | Messages) -> str:
     """The prompt as judges read it: its text, or the turns of a conversation with their roles."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in prompt)
+        return text_of(prompt[0])
+    return "\n\n".join(f"[{turn['role']}]\n{text_of(turn)}" for turn in prompt)
 
 
 def _parts(prompts: PromptBatch, count: int, shards: int) -> list[PromptBatch]:
@@ -322,16 +328,6 @@ def _parts(prompts: PromptBatch, count: int, shards: int) -> list[PromptBatch]:
     ends = range(0, size + 1, size // count)
     cut = lambda start, end: jax.tree.map(lambda x: np.asarray(x)[start:end], prompts)
     return [cut(start, end) for start, end in itertools.pairwise(ends)]
-
-
-def _causes(metrics: Metrics) -> str:
-    prefix = "rubric/problems/"
-    problems = [
-        f"{name.removeprefix(prefix)} {int(count)}"
-        for name, count in metrics.items()
-        if name.startswith(prefix) and count
-    ]
-    return ", ".join(problems) or "too few rollouts have a score"
 
 
 # Privileged context: the teacher of each rollout reads its rubric, its verdicts, or a reflection

@@ -16,14 +16,21 @@ from opdjax.data.packing import answer_rows
 from opdjax.data.prompt_rows import Prompt
 from opdjax.data.prompts import PromptSet, collate, encode_prompts
 from opdjax.data.tokenizer import load_tokenizer
-from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import completions
 from opdjax.engine.sampler import sample as draw
 from opdjax.engine.scorer import score as score_batch
 from opdjax.models.decoder import RUN_FIELDS, Params, head_of, num_parameters
 from opdjax.models.hf import Checkpoint, load_params, open_checkpoint
 from opdjax.ops.vocab import TILE
-from opdjax.rollouts.setup import compute_dtype, make_evaluator, num_ids, stop_ids, student_view
+from opdjax.rollouts.setup import (
+    compute_dtype,
+    decoding_of,
+    make_evaluator,
+    num_ids,
+    open_student,
+    stop_ids,
+    student_view,
+)
 from opdjax.types import TrainBatch
 
 _DATA = DataConfig()
@@ -79,15 +86,15 @@ def sample(
     SamplingConfig(num_generations, max_completion_length, temperature or 1.0, top_p, top_k)
     require(0 <= min_p < 1, "min_p", min_p, "at least 0 (off) and less than 1")
     Config(seed=seed)
-    stop = stop_ids(model.checkpoint, model.tokenizer)
-    filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "valid_vocab": model.valid_vocab}
+    own = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    own["max_completion_length"] = max_completion_length
     rollouts = draw(
         model.params,
         collate(_encoded(model, prompts, data), np.arange(len(prompts))),
         seed,
         0,
         config=model.checkpoint.config,
-        decoding=Decoding(max_completion_length, stop, temperature=temperature, **filters),
+        decoding=decoding_of(model.checkpoint, model.tokenizer, **own),
         num_generations=num_generations,
     )
     texts = completions(rollouts, model.tokenizer)
@@ -139,7 +146,7 @@ def _encoded(model: Model, prompts: Sequence[str | Messages], data: DataConfig) 
 
 def scores_of(config: Config) -> dict[str, Any]:
     """The evaluation scores of the config's student; ConfigError without evaluation prompts."""
-    checkpoint = open_checkpoint(*config.student.place)
+    checkpoint = open_student(config)
     evaluator = make_evaluator(config, checkpoint, load_tokenizer(checkpoint.path), None)
     if evaluator is None:
         raise ConfigError("evaluation.source is None; expected a data source with answers")

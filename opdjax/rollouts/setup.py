@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,21 +19,24 @@ from opdjax.data.grading import require_grader, require_readable
 from opdjax.data.prompt_rows import Prompt, first_of_each, read_prompts, require_field
 from opdjax.data.prompts import PromptSet, encode_prompts, load_rows
 from opdjax.data.sources import ColumnMap
+from opdjax.data.stop_strings import find_stop_strings
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import Evaluator
 from opdjax.engine.scheduling import require_slots
-from opdjax.engine.update import UpdateSpec, scored_temperature, spec_of
+from opdjax.engine.update import TrainState, UpdateSpec, scored_temperature, spec_of
 from opdjax.estimators import estimator_of
 from opdjax.estimators.advantage import credit_matrix
 from opdjax.judge.prompts import template_versions
 from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Implementation
 from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
-from opdjax.models.lora import combine, init_adapters
+from opdjax.models.lora import combine, continues, init_adapters, stored_adapters
 from opdjax.models.partitioning import SAMPLER_AXES, constrain, require_divides, shardings_of
-from opdjax.ops.sharding import make_mesh, num_row_shards
+from opdjax.ops.multihost import on_process_zero
+from opdjax.ops.sharding import is_process_zero, make_mesh, num_row_shards
 from opdjax.ops.tile import Head
+from opdjax.rollouts.start import copy_logs, first_params, state_of_start, with_start_step
 from opdjax.runs.workdir import environment
 
 
@@ -75,6 +79,7 @@ def prepare(config: Config) -> Setup:
     mesh = make_mesh(shape.data, shape.fsdp, shape.tensor, learner_devices(config))
     require_rows_divide(config, num_row_shards(mesh))
     student = _with_attention(open_student(config), config.train, "student")
+    config = with_start_step(config, student)
     require_divides(student.config, mesh.shape, "the student")
     tokenizer = load_tokenizer(student.path)
     sampling = config.sampling
@@ -85,7 +90,7 @@ def prepare(config: Config) -> Setup:
     if needs_teacher(config):
         checkpoint = student
         if not config.teacher_is_student:
-            checkpoint = open_checkpoint(*config.teacher.place)
+            checkpoint = _with_stop_strings(open_checkpoint(*config.teacher.place), config)
         checkpoint = _with_attention(checkpoint, config.train, "teacher")
         require_divides(checkpoint.config, mesh.shape, "the teacher")
         teacher_tokenizer = load_tokenizer(checkpoint.path)
@@ -96,7 +101,7 @@ def prepare(config: Config) -> Setup:
         if reads_scores(config):
             raise
         shares_vocabulary = False
-    rows = load_rows(config.data, tokenizer)
+    rows = load_rows(config.data, tokenizer, decoding.stop_token_ids)
     require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
     config = config.with_steps_over(len(prompts))
@@ -129,10 +134,17 @@ def prepare(config: Config) -> Setup:
 
 
 def open_student(config: Config) -> Checkpoint:
-    """The student's checkpoint, with the scale of the run's adapters in its model config."""
+    """The student's checkpoint, with the scale of the run's adapters in its model config, and with
+    the run's stop strings.
+    """
     student = open_checkpoint(*config.student.place)
     model = dataclasses.replace(student.config, lora_scale=config.lora.scale)
-    return dataclasses.replace(student, config=model)
+    return _with_stop_strings(dataclasses.replace(student, config=model), config)
+
+
+def _with_stop_strings(checkpoint: Checkpoint, config: Config) -> Checkpoint:
+    texts = dict.fromkeys((*checkpoint.stop_strings, *config.sampling.stop_strings))
+    return dataclasses.replace(checkpoint, stop_strings=tuple(texts))
 
 
 def _with_attention(checkpoint: Checkpoint, train: TrainConfig, role: str) -> Checkpoint:
@@ -168,21 +180,42 @@ def attention_of(
 
 
 def load_student(setup: Setup) -> tuple[Params, Params | None]:
-    """(parameters to train, frozen parameters) before the first step.
+    """(parameters to train, frozen parameters) of step 0.
 
     Without adapters: all parameters in float32, and None. With adapters: the adapters in float32,
     and the student's own parameters in the dtype of the forward pass.
     """
-    config, mesh = setup.config, setup.mesh
+    config, mesh, student = setup.config, setup.mesh, setup.student
+    adapters, is_continued = first_params(config, student, mesh), continues(student, config.lora)
+    if student.adapter is not None and is_process_zero():
+        end = "trained further" if is_continued else "merged into its base: lora is set otherwise"
+        print(f"the adapter {student.adapter.path} of {student.adapter.base[0]} is {end}")
     if not config.lora.rank:
-        return load_params(setup.student, "float32", mesh), None
-    adapters = jax.jit(
-        lambda: constrain(init_adapters(setup.student.config, config.lora, config.seed), mesh)
-    )()
+        return adapters or load_params(student, "float32", mesh), None
+    if adapters is None and is_continued:
+        adapters = jax.jit(lambda x: constrain(x, mesh))(stored_adapters(student, config.lora))
+    if adapters is None:
+        adapters = jax.jit(
+            lambda: constrain(init_adapters(student.config, config.lora, config.seed), mesh)
+        )()
+    if is_continued:
+        return adapters, load_params(student, setup.dtype, mesh, with_adapter=False)
     # Adapters start at 0, so the student without them is the reference policy: one copy is enough.
     if setup.reference_policy is not None:
         return adapters, setup.reference_policy.params
-    return adapters, load_params(setup.student, setup.dtype, mesh)
+    return adapters, load_params(student, setup.dtype, mesh)
+
+
+def take_over(setup: Setup, workdir: pathlib.Path, own: TrainState) -> TrainState:
+    """The state in which a run goes on from another one, with its own weights if it takes only the
+    optimizer; else the logs are taken over too.
+    """
+    config = setup.config
+    taken = state_of_start(config, setup.student, setup.mesh)
+    if config.train.start_with == "optimizer":
+        return taken.replace(params=own.params)
+    on_process_zero(lambda: copy_logs(config, workdir))
+    return taken
 
 
 def sampling_weights(setup: Setup, frozen: Params | None) -> Callable[[Params], Params]:
@@ -245,15 +278,17 @@ def update_spec(setup: Setup) -> UpdateSpec:
 def decoding_of(
     checkpoint: Checkpoint, tokenizer: Any, more_stops: tuple[int, ...] = (), **own: Any
 ) -> Decoding:
-    """How a checkpoint writes answers: up to its stop ids or `more_stops`; `own`: other fields of
-    `Decoding`. ConfigError if a stop id stands for no token.
+    """How a checkpoint writes answers: up to its stop ids, `more_stops` or its stop strings; `own`:
+    other fields of `Decoding`. ConfigError if a stop id stands for no token.
     """
     width, stops = num_ids(checkpoint, tokenizer), stop_ids(checkpoint, tokenizer, more_stops)
     if beyond := [token for token in more_stops if not 0 <= token < width]:
         raise ConfigError(
             f"sampling.stop_token_ids has {beyond}; expected ids from 0 to {width - 1}"
         )
-    return Decoding(stop_token_ids=stops, valid_vocab=width, **own)
+    texts = checkpoint.stop_strings
+    strings = find_stop_strings(texts, tokenizer, width) if texts else None
+    return Decoding(stop_token_ids=stops, valid_vocab=width, stop_strings=strings, **own)
 
 
 def make_evaluator(
@@ -268,7 +303,8 @@ def make_evaluator(
     data = dataclasses.replace(view, source=evaluation.source, columns=(), references=None)
     names = config.data.column_names | evaluation.column_names
     names.pop("reference", None)
-    rows = first_of_each(read_prompts(data.source, ColumnMap(**names)), evaluation.num_prompts)
+    rows = read_prompts(data.source, ColumnMap(**names), skips_bad_rows=data.skip_bad_rows)
+    rows = first_of_each(rows, evaluation.num_prompts)
     require_field(rows, "answer", names, data.source, "evaluation needs them")
     require_readable(evaluation.grader, [row.answer for row in rows], evaluation.source)
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)

@@ -34,19 +34,24 @@ class RolloutSource(Protocol):
 
     # The weights published last, on the learner's mesh; None if the source does not keep them.
     params: Params | None = None
+    # Those of a teacher that is the student, and how to copy them where they differ from its own.
+    teacher_params: Params | None = None
+    copy_teacher: Callable[[], Params] | None = None
 
     def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
         """Receive the student's weights after `version` updates; `copy_weights` returns a copy that
         the source owns.
         """
         self.params = copy_weights()
+        self.teacher_params = self.copy_teacher() if self.copy_teacher else self.params
 
     def next(self, step: int, timer: Timer) -> StepData:
         """Return the inputs of update `step` (from 0); SourceStoppedError if there are none now."""
 
     def prefetch(self, step: int) -> None:
         """Prepare the host work of update `step` while the device runs the update before it."""
-        self.params = None  # frees the old weights before the new ones are copied
+        # Frees the old weights before the new ones are copied.
+        self.params = self.teacher_params = None
 
     def commit(self, version: int, timer: Timer) -> None:
         """Return when all rollouts sampled with weights older than `version` are stored, so that a

@@ -65,14 +65,15 @@ def teach(config: Config) -> dict[str, float]:
     """
     _check_settings(config)
     tokenizer = load_tokenizer(open_student(config).path)
-    rows = read_prompts(config.data.source, ColumnMap(**config.data.column_names))
+    columns, skips = ColumnMap(**config.data.column_names), config.data.skip_bad_rows
+    rows = read_prompts(config.data.source, columns, skips_bad_rows=skips)
     kept = encode_prompts(rows, student_view(config.data), tokenizer, tokenizer)
-    rows = list({key_of(row.prompt): row for row in kept.prompts}.values())  # each prompt once
+    rows = list({key_of(row.with_tools): row for row in kept.prompts}.values())  # each prompt once
     open_answerer = _api_answerer if config.teach.model else _checkpoint_answerer
     with _locked_index(config.data.references) as (path, upload):
         index = open_index(path, _identity(config))
         count, metrics = config.teach.num_answers, Counter()
-        missing = [(row, index.missing(row.prompt, count)) for row in rows]
+        missing = [(row, index.missing(row.with_tools, count)) for row in rows]
         pending = [(row, numbers) for row, numbers in missing if numbers]
         found = f"{len(rows) - len(pending)} of {len(rows)} prompts have their {count} answers"
         print(f"{path}: {found}" + "; nothing to do" * (not pending))
@@ -81,7 +82,7 @@ def teach(config: Config) -> dict[str, float]:
                 for start in range(0, len(pending), _BATCH_SIZE):
                     batch = pending[start : start + _BATCH_SIZE]
                     pairs = zip(batch, answer(batch, metrics))
-                    found = [(row.prompt, answers) for (row, _), answers in pairs if answers]
+                    found = [(row.with_tools, answers) for (row, _), answers in pairs if answers]
                     add_answers(path, found)
                     upload()
                     print(f"{start + len(batch)} of {len(pending)} prompts done", flush=True)
@@ -147,9 +148,9 @@ def _identity(config: Config) -> dict[str, Any]:
 
 def _counts(index: ReferenceIndex, rows: list[Prompt], count: int) -> dict[str, float]:
     """Counts of the answers that the index has for these prompts."""
-    found = [index.answers.get(key_of(row.prompt), {}) for row in rows]
+    found = [index.answers.get(key_of(row.with_tools), {}) for row in rows]
     every = [answer for answers in found for answer in answers.values()]
-    usable = [index.usable(row.prompt) for row in rows]
+    usable = [index.usable(row.with_tools) for row in rows]
     unique = [len(set(texts)) for texts in usable]
     return {
         "prompts": len(rows),
@@ -181,7 +182,7 @@ def _checkpoint_answerer(
     tokenizer = load_tokenizer(checkpoint.path)
     data = dataclasses.replace(teacher_view(config.data), max_prompt_length=_ANY_LENGTH)
     prompts = encode_prompts([row for row, _ in pending], data, tokenizer, tokenizer)
-    places = {key_of(row.prompt): place for place, row in enumerate(prompts.prompts)}
+    places = {key_of(row.with_tools): place for place, row in enumerate(prompts.prompts)}
     how = {"max_completion_length": settings.max_completion_length, **_distribution(settings)}
     sampled = partial(
         sample,
@@ -199,7 +200,7 @@ def _checkpoint_answerer(
         # result, and dropped.
         first = min(min(numbers) for _, numbers in batch)
         count = max(max(numbers) for _, numbers in batch) + 1 - first
-        keys = [key_of(row.prompt) for row, _ in batch]
+        keys = [key_of(row.with_tools) for row, _ in batch]
         shown = collate(prompts, np.array([places[key] for key in keys]), _BATCH_SIZE)
         # Prompt ids, which select the random numbers, are hashes of the prompts: so answers depend
         # neither on the order of the data nor on the batch.

@@ -20,7 +20,13 @@ from opdjax.config.run import Config
 from opdjax.config.saved import lost_settings, upgrade
 from opdjax.config.train import TrainConfig
 from opdjax.config.validation import ConfigError, differences
-from opdjax.runs.statistics import benchmark_lines, paired_difference
+from opdjax.runs.statistics import (
+    NO_RIGHT_ANSWER,
+    benchmark_lines,
+    has_right_answer,
+    paired_difference,
+    score_label,
+)
 from opdjax.runs.workdir import (
     WorkdirError,
     read_json,
@@ -378,14 +384,16 @@ def result_table(result: dict[str, Any]) -> str:
         cells = (text(name) if name in scores else "" for name in names)
         return f"{title:32}" + "".join(f"{cell:>15}" for cell in cells)
 
-    lines = [f"{'':32}{f'avg@{k}':>15}{f'pass@{k}':>15}{'greedy':>15}"]
+    lines = [f"{'':32}" + "".join(f"{score_label(name, k):>15}" for name in names)]
     for scores in (before, *result["eval_before_sharpened"]):
         lines.append(row(f"student before, T = {scores['temperature']:g}", scores))
     lines.append(row(f"student after, T = {after['temperature']:g}", after))
     lines.append(row("gain, paired by prompt", change, "+"))
     if "benchmarks" in after:
         lines.append("after, by benchmark; mean: over benchmarks, equally weighted")
-        lines += benchmark_lines(after["benchmarks"])
+        lines += benchmark_lines(after["benchmarks"], k)
     count = before["num_prompts"]
     lines.append(f"{count} held-out prompts; ± is half a 95 % interval over prompts")
+    if not has_right_answer([before, *result["eval_before_sharpened"], after]):
+        lines.append(NO_RIGHT_ANSWER)
     return "\n".join(lines)

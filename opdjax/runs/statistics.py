@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -17,6 +18,17 @@ from scipy.special import stdtrit
 # Student's t agrees to the third digit.
 _Z95 = 1.959964
 _RESAMPLES = 1000  # of the bootstrap
+NO_RIGHT_ANSWER = "no answer was graded right: check the grader"
+
+
+def score_label(name: str, k: int | None) -> str:
+    """`avg@8` for `avg@k` where k is known."""
+    return name if k is None else name.replace("@k", f"@{k}")
+
+
+def has_right_answer(evaluations: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any answer, sampled or greedy, of any of these evaluations was graded right."""
+    return any(scores.get(name) for scores in evaluations for name in ("avg@k", "greedy"))
 
 
 def avg_at_k(correct: np.ndarray) -> np.ndarray:
@@ -38,11 +50,22 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
 
 
 def mean_and_interval(per_prompt: np.ndarray) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval) over prompts; the width is infinite for one."""
-    mean = float(per_prompt.mean())
-    if len(per_prompt) < 2:
+    """(mean, half width of its 95 % interval) over prompts; the width is infinite for one.
+
+    Of a share that is 0, or 1, for all n prompts, or of a difference of two such shares, it is 3/n
+    (the rule of three): a deviation of 0 would claim certainty.
+    """
+    mean, count = float(per_prompt.mean()), len(per_prompt)
+    if count < 2:
         return mean, math.inf
-    return mean, float(_Z95 * per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)))
+    if abs(mean) in (0.0, 1.0) and (per_prompt == mean).all():
+        return mean, rule_of_three(count)
+    return mean, float(_Z95 * per_prompt.std(ddof=1) / math.sqrt(count))
+
+
+def rule_of_three(count: int) -> float:
+    """Half width of the 95 % interval of a share that is 0, or 1, in all of `count` prompts."""
+    return 3 / max(count, 3)
 
 
 def paired_difference(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
@@ -220,12 +243,12 @@ def by_benchmark(
     return table
 
 
-def benchmark_lines(table: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The result of `by_benchmark` as printed lines, one per benchmark."""
+def benchmark_lines(table: Mapping[str, Mapping[str, float]], k: int) -> list[str]:
+    """The result of `by_benchmark`, of k samples a prompt, as printed lines, one per benchmark."""
     lines = []
     for name, scores in table.items():
         cells = [
-            f"{score} {scores[score]:.3f} ± {scores[f'{score}_interval']:.3f}"
+            f"{score_label(score, k)} {scores[score]:.3f} ± {scores[f'{score}_interval']:.3f}"
             for score in ("avg@k", "pass@k", "greedy")
         ]
         lines.append(f"{name:24}{'   '.join(cells)}   {scores['num_prompts']} prompts")

@@ -82,12 +82,15 @@ def locked(workdir: pathlib.Path, role: str = "") -> Iterator[None]:
         yield
 
 
-def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
+def claim(
+    workdir: pathlib.Path, config: Config, facts: dict[str, Any], *, is_learner: bool = True
+) -> None:
     """Write `config.json`, or check that the existing one describes the same run on the same data;
     WorkdirError if not.
 
     Settings that change only how the run is computed (mesh, slots, micro-batches, environment) may
-    differ: the difference is printed, and the run continues, but not bit for bit.
+    differ: the difference is printed, and the run continues, but not bit for bit. Those of the
+    evaluation may differ until the run is finished, for its learner: that is also recorded.
     """
     file = workdir / "config.json"
     new = {"config": to_dict(config), **facts}
@@ -101,14 +104,47 @@ def claim(workdir: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
         write_json(file, new)
         return
     old = read_run_config(workdir)
-    described = [{"config": upgrade(run["config"]), "data": run["data"]} for run in (old, new)]
+    described = [{"config": upgrade(run["config"]), "data": {**run["data"]}} for run in (old, new)]
     execution = [_pop(run["config"], _EXECUTION_FIELDS) for run in described]
-    advice = "choose another --workdir or undo (there -> now)"
-    changed = differences(*described) + lost_settings(old["config"])
-    refuse_if(changed, f"{workdir} holds a run of another config; {advice}")
+    evaluation = [run["config"].pop("evaluation") for run in described]
+    changes = differences(*evaluation, "evaluation.")
+    if changes and is_learner and not (workdir / "result.json").exists():
+        before = from_dict(Config, upgrade(old["config"]))
+        graders = [
+            {"grader": run.grader if run.grades_rollouts else ""} for run in (before, config)
+        ]
+        differs = differences(*graders, "evaluation.")
+        for run in described:
+            run["data"].pop("evaluation", None)  # the prompts
+    else:
+        differs = changes
+    advice = f"choose another --workdir, with --from {workdir} to go on from this run, or undo"
+    differs = differences(*described) + differs + lost_settings(old["config"])
+    refuse_if(differs, f"{workdir} holds a run of another config; {advice} (there -> now)")
     environments = differences(old["environment"], new["environment"], "environment.")
     for line in differences(*execution) + environments:
         print(f"note: continuing under another {line}; results may differ in the last bits")
+    if changes:
+        _change_evaluation(workdir, old, new, changes)
+
+
+def _change_evaluation(
+    workdir: pathlib.Path, old: dict[str, Any], new: dict[str, Any], changes: list[str]
+) -> None:
+    """Record other settings of the evaluation in config.json. Scores that they change are moved to
+    eval-N.jsonl, and are made again.
+    """
+    earlier = old.get("evaluation_changes", [])
+    if any(not line.startswith("evaluation.every:") for line in changes):
+        file = workdir / "eval.jsonl"
+        append_lines(file.with_stem(f"eval-{len(earlier) + 1}"), read_lines(file))
+        file.write_text("")  # not removed, so that a copy elsewhere is emptied too
+    for line in changes:
+        print(f"note: continuing under another {line}")
+    data = old["data"] | {"evaluation": new["data"].get("evaluation")}
+    settings = old["config"] | {"evaluation": new["config"]["evaluation"]}
+    record = {"config": settings, "data": data, "evaluation_changes": [*earlier, changes]}
+    write_json(workdir / "config.json", old | record)
 
 
 def refuse_if(changed: list[str], message: str) -> None:

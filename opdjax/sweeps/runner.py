@@ -26,6 +26,7 @@ from opdjax.config.validation import differences, to_dict
 from opdjax.runs.lease import LOST
 from opdjax.runs.object_store import Folder, RemoteError, is_remote
 from opdjax.runs.results import FAILURE, POINT, read_point, status_of
+from opdjax.runs.statistics import score_label
 from opdjax.runs.workdir import WorkdirError, append_lines, read_json, refuse_if, write_json
 from opdjax.sweeps.claims import ATTEMPTS, LOG, Claim, SweepDirectory, open_sweep
 from opdjax.sweeps.status import scores_after, status_line
@@ -197,7 +198,8 @@ def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
         stored = read_point(file)["config"]
         changed = differences(upgrade(stored), upgrade(to_dict(point.config)))
         other = f"{sweep.workdir(point.id)} belongs to a point with another config"
-        advice = "choose another --workdir (there -> now)"
+        advice = "choose another --workdir, where train.start_from goes on from a run of this one "
+        advice += "(there -> now)"
         refuse_if(changed + lost_settings(stored), f"{other}; {advice}")
     for file, point in new.items():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -336,7 +338,8 @@ def _finish(runner: _Runner, job: _Job) -> None:
     if attempts.outcome == "done":
         sweep.refresh([id], is_urgent=True)
         after = scores_after(sweep, id)
-        scores = [f"{name} {after[name]:.3f}" for name in ("avg@k", "greedy") if name in after]
+        found = [name for name in ("avg@k", "greedy") if name in after]
+        scores = [f"{score_label(name, after.get('k'))} {after[name]:.3f}" for name in found]
         log(f"done   {id}  {'  '.join(scores)}  {seconds:.0f} s")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from opdjax.config.grid import SweepPoint
 from opdjax.runs.object_store import in_parallel
 from opdjax.runs.results import RESULT, mean, status_of
+from opdjax.runs.statistics import score_label
 from opdjax.runs.workdir import num_cores, read_json, read_lines, read_run_config
 from opdjax.sweeps.claims import ATTEMPTS, Heartbeat, SweepDirectory, open_sweep
 
@@ -108,7 +109,9 @@ def status_table(points: Sequence[SweepPoint], sweep: SweepDirectory) -> tuple[s
         elif states[id] == "begun":  # interrupted, to be resumed
             states[id] = "waiting"
     width = max(len(p.id) for p in points)
-    lines = [f"{'point':{width}}  {'state':8} {'host':16} {'step':>11} {'last seen':>9}  avg@k"]
+    every_k = {p.config.evaluation.num_samples for p in points}
+    score = score_label("avg@k", every_k.pop() if len(every_k) == 1 else None)
+    lines = [f"{'point':{width}}  {'state':8} {'host':16} {'step':>11} {'last seen':>9}  {score}"]
     lines += [_line(p, states[p.id], beats.get(p.id), sweep, width) for p in points]
     order = ("done", "failed", "running", "stalled", "waiting")
     counts = {state: list(states.values()).count(state) for state in order}

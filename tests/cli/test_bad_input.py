@@ -231,8 +231,8 @@ DATA = {
     ),
     "a table of another kind": (
         "DataError",
-        lambda p: p.train("--data.source", "x.csv"),
-        "'x.csv' is not known; expected arithmetic:SPLIT, a .jsonl file",
+        lambda p: p.train("--data.source", "x.xlsx"),
+        "'x.xlsx' is not known; expected arithmetic:SPLIT, a .jsonl, .json, .csv or .parquet file",
     ),
     "an empty file": (
         "DataError",
@@ -241,9 +241,14 @@ DATA = {
     ),
     "an array in place of lines": (
         "DataError",
-        lambda p: p.data(f"[\n{ROW}]", name="r.json"),
+        lambda p: p.data(f"[\n{ROW}]"),
         "line 1: not valid JSON",
         "expected lines of one whole JSON object each",
+    ),
+    "an array cut off": (
+        "DataError",
+        lambda p: p.data(f"[\n{ROW}", name="r.json"),
+        "r.json: not a list in JSON (Expecting",
     ),
     "an array on one line": (
         "DataError",
@@ -297,12 +302,12 @@ DATA = {
     "messages without text": (
         "DataError",
         lambda p: p.data('{"prompt": [{"role": "user"}]}'),
-        "expected a non-empty string or a list of {role, content} messages",
+        "line 1: 'prompt.0.content' is null; expected a text",
     ),
     "messages as raw text": (
         "DataError",
         lambda p: p.data('{"prompt": [{"role": "user", "content": "1"}]}', "--data.format", "raw"),
-        "needs format 'chat'; format 'raw' takes a string",
+        "needs format 'chat', as tools do; format 'raw' takes a string",
     ),
     "NaN as answer": (
         "DataError",
@@ -755,7 +760,22 @@ WORKDIRS = {
     "another config": (
         "WorkdirError",
         lambda p: p.resume(None, None, "--seed", "1"),
-        "choose another --workdir or undo (there -> now): config.seed: 0 -> 1",
+        "to go on from this run, or undo (there -> now): config.seed: 0 -> 1",
+    ),
+    "a start that is none": (
+        "ConfigError",
+        lambda p: p.train("--from", f"{p.finished}@3"),
+        "has no checkpoint '3'; there are [1, 2] (best: 2)",
+    ),
+    "a start of more steps": (
+        "ConfigError",
+        lambda p: p.train("--from", p.finished, "--train.num-steps", "1"),
+        "train.num_steps is 1; expected at least 2, the step of",
+    ),
+    "a start from a model": (
+        "WorkdirError",
+        lambda p: p.train("--from", p.model()),
+        "is not the config of a run",
     ),
     "other data": (
         "WorkdirError",
@@ -814,12 +834,6 @@ WORKDIRS = {
         "RemoteError",
         lambda p: ["train", p.experiment, "--workdir", "s3://bucket/run"],
         "s3://bucket/run cannot be read or written; expected a local path or gs://BUCKET/NAME",
-    ),
-    "a lost evaluation": (
-        "WorkdirError",
-        lambda p: p.resume("eval.jsonl", ""),
-        "eval.jsonl lacks the evaluation of step 0",
-        "put it back or use a new work directory",
     ),
     "damaged metrics": (
         "WorkdirError",
@@ -905,7 +919,7 @@ SWEEPS = {
         lambda p: p.asked()(
             "seeds(4)[2:]) + points(Config(train=TrainConfig(num_steps=3)), seeds(1)"
         ),
-        "choose another --workdir (there -> now): train.num_steps: 100 -> 3",
+        "goes on from a run of this one (there -> now): train.num_steps: 100 -> 3",
     ),
     "a damaged point": (
         "WorkdirError",
@@ -1008,7 +1022,9 @@ def test_a_mistake_is_answered_in_one_message_and_nothing_is_lost(
     error, make, fragments, place, monkeypatch, capsys
 ):
     monkeypatch.setattr(sys, "argv", ["opdjax", *map(str, make(place))])
-    before = contents(place.root)
+    before, raised, real = contents(place.root), [], main.is_user_error
+    classes = lambda error: raised.append(type(error).__name__) or real(error)
+    monkeypatch.setattr(main, "is_user_error", classes)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main.main()
@@ -1019,7 +1035,8 @@ def test_a_mistake_is_answered_in_one_message_and_nothing_is_lost(
     if error is PARSED:
         assert message.count("For full helptext") == 1
     else:
-        assert message.startswith(f"opdjax: {error}")
+        assert raised == [error] or message.startswith(f"opdjax: {error}")  # a command that is none
+        assert f"{error}: " not in message  # for people, who know no classes of Python
         assert message.count("opdjax: ") == 1
     for fragment in fragments:
         assert fragment in message

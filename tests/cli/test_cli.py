@@ -161,14 +161,64 @@ def test_help_of_training_shows_the_values_of_the_experiment(opdjax, experiment)
     assert opdjax("train")[0] == 2
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "doctor", "audit", "references"])
-def test_help_names_the_recipes_of_an_option_as_their_rows_do(opdjax, experiment, command):
+@pytest.mark.parametrize("command", ["train", "plan", "doctor", "audit"])
+def test_help_names_the_recipes_of_an_option_and_their_defaults(opdjax, experiment, command):
     out = smooth(opdjax(command, experiment(), "--help")[1])
     helps = {text.split(" ")[0]: text for text in out.split("--estimator.")[1:]}
     for field in dataclasses.fields(EstimatorConfig):
-        recipes = ", ".join(name for name, row in RECIPES.items() if field.name in row.options)
-        marked = f"({recipes}) (default: " if recipes else "(default: "
-        assert marked in helps[field.name.replace("_", "-")], field.name
+        rows = {n: row.options.get(field.name) for n, row in RECIPES.items()}
+        options = {name: option for name, option in rows.items() if option is not None}
+        text = helps[field.name.replace("_", "-")]
+        if options:
+            found = re.search(r"\(([^()]*)\) \(default: ", text)[1]
+            assert set(re.findall(r"[a-z]\w+(?=[,:;]|$)", found)) >= set(options), field.name
+            defaults = {f": {o.default}" for o in options.values() if o.default is not None}
+            assert all(default in found for default in defaults), field.name
+
+
+def test_help_lists_only_what_a_command_reads_and_accepts_the_rest(opdjax, experiment):
+    out = smooth(opdjax("references", experiment(), "--help")[1])
+    listed = set(re.findall(r"--([a-z]+)\.[a-z-]+ ", out))
+    assert listed == {"student", "teacher", "data", "teach", "api", "mesh", "train"}
+    assert re.findall(r"--train\.([a-z-]+)", out) == ["dtype"]
+    out = smooth(opdjax("evaluate", "--help")[1])
+    assert "--data.format" in out
+    assert "--data.source" not in out
+    _, _, err = opdjax("references", experiment(), "--optimizer.b2", "0.9", "--data.format", "raw")
+    assert "data.references is None; expected the file" in err
+
+
+@pytest.mark.parametrize("command", sorted(main.COMMANDS))
+def test_help_has_no_remarks_for_programs(opdjax, experiment, command):
+    own = {"train", "plan", "doctor", "audit", "references"}
+    out = smooth(opdjax(command, *([experiment()] if command in own else []), "--help")[1])
+    assert "noqa" not in out
+    assert "avg@k" not in out.replace("the k of avg@k", "")
+
+
+def test_help_of_an_argument_is_a_whole_sentence():
+    texts = []
+    for file in sorted((PACKAGE / "cli").glob("*.py")):
+        functions = (n for n in ast.walk(ast.parse(file.read_text())) if hasattr(n, "args"))
+        for function in functions:
+            is_named = isinstance(function, ast.FunctionDef)
+            text = (is_named and ast.get_docstring(function)) or ""
+            arguments = text.partition("Args:\n")[2]
+            texts += re.split(r"^    (?=\w+: )", arguments, flags=re.MULTILINE)[1:]
+    assert len(texts) > 40
+    for text in texts:
+        sentence = text.partition(": ")[2].strip()
+        assert re.fullmatch(r"([A-Z]|i/n).*\.", sentence, re.DOTALL), text
+
+
+def test_evaluation_without_any_right_answer_says_to_check_the_grader(opdjax, monkeypatch):
+    scores = {"k": 8, "num_prompts": 64, "temperature": 1.0}
+    for name in ("avg@k", "pass@k", "greedy"):
+        scores |= {name: 0.0, f"{name}_interval": 3 / 64}
+    monkeypatch.setattr("opdjax.rollouts.one_model.scores_of", lambda config: scores)
+    status, out, _ = opdjax("evaluate", "@mini_student")
+    assert (status, out.splitlines()[0]) == (0, "avg@8     0.0000 ± 0.0469")
+    assert out.strip().endswith("no answer was graded right: check the grader")
 
 
 # Mistakes
@@ -198,8 +248,8 @@ def test_an_unknown_command_is_answered_with_the_nearest(opdjax):
         (
             "from opdjax.config import *\ndef get_config(): return "
             "Config(data=DataConfig(sorce='x'))",
-            "experiment.py does not run: TypeError: DataConfig.__init__() got an unexpected "
-            "keyword argument 'sorce'",
+            "experiment.py does not run: DataConfig has no field 'sorce'; did you mean 'source'? "
+            "(line 2)",
         ),
         (
             "def get_config(): return Config()",
@@ -208,12 +258,12 @@ def test_an_unknown_command_is_answered_with_the_nearest(opdjax):
         (
             "from opdjax.config import *\ndef get_config(): return "
             "Config(train=TrainConfig(num_steps=2.5))",
-            "ConfigError: train.num_steps is 2.5; expected int",
+            "experiment.py, line 2: train.num_steps is 2.5; expected int",
         ),
         (
             "from opdjax.config import *\ndef get_config(): return "
             "Config(train=TrainConfig(num_steps=0))",
-            "ConfigError: train.num_steps is 0; expected at least 1",
+            "experiment.py, line 2: train.num_steps is 0; expected at least 1",
         ),
     ],
 )
@@ -229,16 +279,12 @@ def test_a_file_that_is_no_experiment_is_refused(opdjax, experiment, tmp_path):
     for path in (tmp_path / "nowhere.py", tmp_path):
         status, _, err = opdjax("train", path, "--workdir", tmp_path / "run")
         assert status == 2
-        assert (
-            err == f"opdjax: ConfigError: there is no file '{path}'; expected a Python file with "
-            f"get_config()"
-        )
+        assert err == f"opdjax: there is no file '{path}'; expected a Python file with get_config()"
     saved = experiment("{}", "config.json")
     status, _, err = opdjax("train", saved, "--workdir", tmp_path / "run")
     assert status == 2
     assert (
-        err
-        == f"opdjax: ConfigError: {saved} has no 'config'; expected the config.json of a run or "
+        err == f"opdjax: {saved} has no 'config'; expected the config.json of a run or "
         f"the point.json of a sweep"
     )
 
@@ -318,6 +364,33 @@ def test_an_option_of_another_recipe_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.parametrize("command", ["plan", "doctor", "audit"])
+def test_a_recipe_on_the_command_line_leaves_the_options_of_the_experiments_out(
+    opdjax, experiment, tmp_path, command
+):
+    """Those that it has too stay; other arguments may make the recipe possible."""
+    file = experiment(EXPERIMENT.replace('"opd"', '"opd", discount=0.5, extra_draws=2'))
+    chosen = ["--estimator.recipe", "full_kl", "--help"]
+    _, out, err = opdjax(command, file, *chosen)
+    assert err == f"note: {file} sets discount, extra_draws for opd; left out for full_kl"
+    assert "(default: full_kl)" in smooth(out)
+    assert opdjax(command, file, "--estimator.recipe=opd", "--help")[2] == ""
+    _, out, err = opdjax(command, file, "--estimator.recipe=vopd", "--help")
+    assert err == ""
+    assert "(opd, vopd: 0.0) (default: 0.5)" in smooth(out)
+
+
+def test_a_recipe_is_checked_together_with_the_other_arguments(opdjax, experiment):
+    grpo = [experiment(), "--topology", "nowhere", "--estimator.recipe", "grpo"]
+    assert "num_generations is 1; expected at least 2" in opdjax("plan", *grpo)[2]
+    assert "nowhere" in opdjax("plan", *grpo, "--sampling.num-generations", "4")[2]
+
+
+def test_an_experiment_without_its_ending_is_answered_with_the_built_in_one(opdjax, tmp_path):
+    _, _, err = opdjax("train", "mini_vopd", "--workdir", tmp_path / "run")
+    assert "there is no file 'mini_vopd' (did you mean @mini_vopd?)" in err
+
+
 @pytest.fixture
 def failing(opdjax, monkeypatch):
     """failing(error, *arguments) -> the outcome of a command that raises the error."""
@@ -336,11 +409,11 @@ def failing(opdjax, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (ConfigError("seed is -1"), 2, "ConfigError: seed is -1"),
-        (ReferenceMissError("no answers"), 2, "ReferenceMissError: no answers"),  # a DataError
-        (FileNotFoundError(2, "Gone", "x"), 2, "FileNotFoundError: [Errno 2] Gone: 'x'"),
-        (MissingExtraError("pip install x"), 2, "MissingExtraError: pip install x"),
-        (LeaseLostError("taken over"), 75, "LeaseLostError: taken over"),
+        (ConfigError("seed is -1"), 2, "seed is -1"),
+        (ReferenceMissError("no answers"), 2, "no answers"),  # a DataError
+        (FileNotFoundError(2, "Gone", "x"), 2, "x: Gone"),
+        (MissingExtraError("pip install x"), 2, "pip install x"),
+        (LeaseLostError("taken over"), 75, "taken over"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to continue"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -375,9 +448,9 @@ def test_debugging_adds_the_traceback(failing, monkeypatch, arguments):
     status, out, err = failing(ConfigError("seed is -1"), *arguments)
     assert (status, out) == (2, "")
     assert err.startswith("Traceback (most recent call last)")
-    assert err.endswith("opdjax: ConfigError: seed is -1")
+    assert err.endswith("opdjax: seed is -1")
     monkeypatch.setenv("OPDJAX_DEBUG", "0")
-    assert failing(ConfigError("seed is -1"))[2] == "opdjax: ConfigError: seed is -1"
+    assert failing(ConfigError("seed is -1"))[2] == "opdjax: seed is -1"
 
 
 # Errors that a caller inside the package handles. One that reaches the command line is a bug.
@@ -385,7 +458,7 @@ INTERNAL = {
     "opdjax.judge.client._FormatRefusedError",
     "opdjax.judge.client._PostponedError",
     "opdjax.judge.client._TransientError",
-    "opdjax.judge.schema.ReplyError",
+    "opdjax.judge.reply_object.ReplyError",
 }
 
 

@@ -54,8 +54,9 @@ UNUSUAL = Config(
         ("prompt=question", "answer=a.b", "reference=text", "rubric=rubric"),
         None,
         "{prompt}{answer}",
+        True,
     ),
-    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, (7, 8), "teacher", 12, "int8"),
+    sampling=SamplingConfig(6, 33, 0.7, 0.9, 20, (7, 8), ("Q:",), "teacher", 0.5, 12, "int8"),
     estimator=EstimatorConfig("full_kl", "fixed_denominator", divergence="jsd", beta=0.25),
     optimizer=OptimizerConfig(1e-3, "linear", 3, 0.95, 0.1, 0.0, 0.2, "muon"),
     train=TrainConfig(7, 12, 4, "dots", 40, "bfloat16", "splash"),
@@ -68,15 +69,16 @@ UNUSUAL = Config(
     mesh=MeshConfig(2, 2, 2, 2),
     rubricator=JUDGE,
     verifier=JUDGE,
-    teach=TeachConfig(2, 0.7, 0.9, 44, "writer", "http://host:2/v1", "low"),
+    teach=TeachConfig(2, 0.7, 0.9, 44, "writer", "http://host:2/v1", "low", True),
     api=ApiConfig(
         *("http://host/v1", "JUDGE_KEY", 100, 9.0, 4, (60, 9000), 1),
-        *(("judge=0.5/1.5",), 2.5, "replies.sqlite"),
+        *(("judge=0.5/1.5",), 2.5, "replies.sqlite", "max_completion_tokens"),
     ),
     seed=11,
 )
 # What does not stand beside it, so that every leaf differs from its default in one of them.
 OTHERS = [
+    Config(teacher=ModelConfig("@student"), optimizer=OptimizerConfig(teacher_ema_decay=0.9)),
     Config(
         train=TrainConfig(num_epochs=3, early_stopping_patience=2),
         evaluation=EvaluationConfig(every=10),
@@ -154,6 +156,7 @@ OTHERS = [
         ),
         estimator=EstimatorConfig("npd", kd_weight=0.25),
     ),
+    Config(train=TrainConfig(start_from="runs/a@3", start_with="optimizer")),
     Config(
         near_policy=NearPolicyConfig(
             "continuous",
@@ -186,6 +189,14 @@ def test_every_leaf_survives_the_file():
     assert changed == set(leaves(to_dict(Config())))
 
 
+def test_the_place_that_a_run_starts_from():
+    fresh, named = TrainConfig(), TrainConfig(start_from="gs://b/a@home/run@120")
+    assert (fresh.first_step, named.first_step) == (0, 120)
+    assert named.start == ("gs://b/a@home/run", "120")
+    assert TrainConfig(start_from="runs/a@x").start == ("runs/a@x", "latest")
+    assert TrainConfig(start_from="runs/a@3", start_with="student").first_step == 0
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.builds(
@@ -195,7 +206,7 @@ def test_every_leaf_survives_the_file():
         weight_decay=st.floats(0, 1e300),
     ),
     st.text(max_size=10),
-    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=3),
+    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=3, unique=True),
 )
 def test_any_number_and_text_survives_the_file(optimizer, text, temperatures):
     config = Config(
@@ -220,7 +231,7 @@ def test_a_whole_number_is_read_as_a_float_where_one_is_expected():
     assert [type(value) for value in found] == [float, float]
 
 
-MOST_SETTINGS = 134  # a user reads them all in the help
+MOST_SETTINGS = 142  # a user reads them all in the help
 
 
 def test_settings_are_few():
@@ -276,7 +287,7 @@ def test_settings_are_few():
         ),
         (
             {"train": {"early_stopping_patience": 2}},
-            "evaluation.every is 0; expected more than 0, with an evaluation.source: early stopping ",
+            "evaluation.every is 0; expected more than 0, with an evaluation.source: early ",
         ),
         (
             {"train": {"num_epochs": 2}, "near_policy": {"schedule": "refresh"}},
@@ -540,6 +551,32 @@ REFUSED = [
         "estimator.importance is 'prefix_truncate'; expected none where the completions are not "
         "the student's",
     ),
+    *(
+        (
+            Config,
+            {
+                "estimator": EstimatorConfig(recipe),
+                "sampling": SamplingConfig(
+                    completions_from="teacher", student_fraction=0.5, num_generations=2
+                ),
+            },
+            f"sampling.student_fraction is 0.5; expected 0: {reason}",
+        )
+        for recipe, reason in (
+            ("vopd", "vopd averages over the student's samples"),
+            ("grpo", "grpo averages over the student's samples"),
+            ("sft", "cross-entropy on its own samples teaches a student nothing"),
+        )
+    ),
+    (SamplingConfig, {"stop_strings": ("Q:", "")}, "sampling.stop_strings is ('Q:', '')"),
+    (
+        Config,
+        {
+            "estimator": EstimatorConfig("full_kl"),
+            "sampling": SamplingConfig(student_fraction=0.5),
+        },
+        "sampling.student_fraction is 0.5; expected 0 where sampling.completions_from is student",
+    ),
     (
         Config,
         {"estimator": EstimatorConfig("opd", task_reward_coef=0.5)},
@@ -555,6 +592,11 @@ REFUSED = [
         OptimizerConfig,
         {"learning_rate": math.nan},
         "optimizer.learning_rate is nan; expected a finite number",
+    ),
+    (
+        Config,
+        {"optimizer": OptimizerConfig(teacher_ema_decay=0.9)},
+        "optimizer.teacher_ema_decay is 0.9; expected 0 unless teacher.path is @student",
     ),
     (OptimizerConfig, {"warmup_steps": -1}, "optimizer.warmup_steps is -1; expected 0 or more"),
     (OptimizerConfig, {"b2": 1.0}, "optimizer.b2 is 1.0; expected at least 0 and less than 1"),
@@ -592,12 +634,18 @@ REFUSED = [
     (
         EvaluationConfig,
         {"temperatures": (0.5, 0.0)},
-        "evaluation.temperatures is (0.5, 0.0); expected one or more numbers, more than 0 each",
+        "evaluation.temperatures is (0.5, 0.0); expected one or more different numbers above 0",
     ),
     (
         EvaluationConfig,
         {"temperatures": ()},
-        "evaluation.temperatures is (); expected one or more numbers",
+        "evaluation.temperatures is (); expected one or more different numbers",
+    ),
+    # A score is known by its temperature: a second one of the same would take its place.
+    (
+        EvaluationConfig,
+        {"temperatures": (1.0, 0.5, 1.0)},
+        "evaluation.temperatures is (1.0, 0.5, 1.0); expected one or more different numbers",
     ),
     (EvaluationConfig, {"every": -1}, "evaluation.every is -1; expected 0 (off) or more"),
     (CheckpointConfig, {"every": 0}, "checkpoint.every is 0; expected at least 1"),

@@ -125,6 +125,11 @@ def test_a_config_with_an_endpoint_per_role_is_read_as_todays(name):
     assert lost_settings(OLD[name]) == []
 
 
+def test_a_temperature_that_was_given_twice_is_read_once():
+    saved = old_with(evaluation__temperature=0.5, evaluation__extra_temperatures=[0.5, 0.7])
+    assert upgrade(saved)["evaluation"]["temperatures"] == [0.5, 0.7]
+
+
 @pytest.mark.parametrize("name", OLD)
 def test_todays_configs_are_read_as_they_are(name):
     today = to_dict(TODAY[name])
@@ -187,6 +192,12 @@ def test_sampling_of_judges_that_is_not_sent_today_is_named():
         "verifier.seed: 0 -> None",
         "verifier.output: 'text' -> 'json_schema'",
     ]
+
+
+def test_the_name_of_the_limit_on_a_reply_is_kept():
+    saved = copy.deepcopy(OLD["judged"])
+    saved["verifier"]["max_tokens_field"] = "max_completion_tokens"
+    assert upgrade(saved)["api"]["max_tokens_field"] == "max_completion_tokens"
 
 
 def test_offline_runs_and_the_built_in_judge_are_read():

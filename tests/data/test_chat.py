@@ -1,10 +1,14 @@
 """How a prompt reads to a model, on the tokenizer of the mini pair."""
 
 import copy
+import dataclasses
+import json
+import pathlib
+import re
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opdjax.config import MINI_PAIR
 from opdjax.data.chat import (
@@ -14,8 +18,11 @@ from opdjax.data.chat import (
     render,
     stage_ids,
     stage_starts,
+    text_of,
     valid_vocab,
 )
+from opdjax.data.prompt_rows import Prompt, read_prompts
+from opdjax.data.references import key_of
 from opdjax.data.tokenizer import load_tokenizer
 
 
@@ -191,7 +198,7 @@ def test_the_same_vocabulary_split_otherwise_is_refused(tokenizer):
     assert show("12", other, format="raw") != show("12", tokenizer, format="raw")
     with pytest.raises(
         TokenizerMismatchError,
-        match="split the same text differently.*recipe 'opd' compares their logits id by id",
+        match="split the text ' 12.5;' differently .*'12' .* / .*'1' '2' .*recipe 'opd' compares",
     ):
         check_same_vocabulary(tokenizer, other, "opd")
 
@@ -231,3 +238,129 @@ def test_each_token_has_the_stage_that_its_text_stands_in(text, tokenizer):
         )
     assert ids[-1] == ids[-2]
     assert stage_ids([], tokenizer, (";",)) == []
+
+
+# Rows of every kind, by three templates
+
+
+OPEN = "{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATES = {
+    # Writes whatever the content is.
+    "plain": "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}" + OPEN,
+    # Needs texts.
+    "strict": "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
+    + OPEN,
+    # Reads everything; of reasoning, that after the user's last turn.
+    "full": """{%- if tools %}<tools>{{ tools | tojson }}{% endif %}
+{%- set ns = namespace(last=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for m in messages %}<{{ m.role }}{{ ' ' + m.name if m.name is defined }}>
+{%- if m.reasoning_content and loop.index0 > ns.last %}<think>{{ m.reasoning_content }}{% endif %}
+{%- if m.content is string %}{{ m.content }}
+{%- elif m.content %}{% for part in m.content %}{{ part.text }}{% endfor %}
+{%- endif %}
+{%- for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}{% endfor %}</s>
+{%- endfor %}"""
+    + OPEN,
+}
+ROWS = [
+    json.loads(line)
+    for line in pathlib.Path(__file__).with_name("conversations.jsonl").read_text().splitlines()
+]
+
+
+@pytest.fixture(scope="module")
+def in_letters(tmp_path_factory):
+    """in_letters(**fields of tokenizer_config.json) -> a directory whose tokens are letters."""
+
+    def write(**fields):
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        tokenizer = Tokenizer(models.BPE({x: n for n, x in enumerate(sorted(letters))}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(["<s>", "</s>"])
+        if fields.pop("adds_eos", False):
+            ids = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single="<s> $A </s>", pair="<s> $A </s> $B:1", special_tokens=ids
+            )
+        path = tmp_path_factory.mktemp("letters")
+        tokenizer.save(str(path / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"} | fields
+        (path / "tokenizer_config.json").write_text(json.dumps(config))
+        return path
+
+    return write
+
+
+def rendered(row, template, in_letters, tmp_path):
+    """(ids of the row, ids of transformers' apply_chat_template on it)."""
+    place = in_letters(chat_template=TEMPLATES[template])
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({name: row[name] for name in ("prompt", "tools") if name in row}))
+    (found,) = read_prompts(str(file))
+    if "references" in row:
+        assert list(found.references) == row["references"]
+    ours = load_tokenizer(place)
+    options = {"format": "chat", "system_prompt": None, "enable_thinking": None}
+    ids = render(found.prompt, ours, tools=found.tools, **options)
+    theirs, given = AutoTokenizer.from_pretrained(str(place)), row["prompt"]
+    given = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    # Of a table, null is a field that a turn lacks; the assistant's last turn is the reference.
+    turns = [{n: x for n, x in m.items() if x is not None or n == "content"} for m in given]
+    turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    tools = row.get("tools") or None
+    text = theirs.apply_chat_template(
+        turns,
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    return ids, ours.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("row", ROWS, ids=[row["kind"] for row in ROWS])
+def test_a_row_is_rendered_as_by_transformers_or_refused_by_name(
+    row, template, in_letters, tmp_path
+):
+    refusal = row.get("row") or row[template]
+    if refusal:
+        with pytest.raises(ValueError, match=re.escape(refusal)):
+            rendered(row, template, in_letters, tmp_path)
+    else:
+        ours, theirs = rendered(row, template, in_letters, tmp_path)
+        assert ours == theirs
+
+
+def test_conversations_with_tools_have_a_template_of_their_own(in_letters):
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    places = [in_letters(chat_template=named), in_letters(chat_template="no")]
+    (places[1] / "chat_template.jinja").write_text("plain")
+    (places[1] / "additional_chat_templates").mkdir()
+    (places[1] / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    hello = [{"role": "user", "content": "hello"}]
+    for place in places:
+        for tokenizer in (load_tokenizer(place), AutoTokenizer.from_pretrained(str(place))):
+            for tools, text in ((None, "plain"), ([{"name": "add"}], "tools")):
+                assert tokenizer.apply_chat_template(hello, tools=tools, tokenize=False) == text
+
+
+def test_judges_and_the_index_of_references_see_calls_and_tools():
+    calls = [{"function": {"name": "add"}}]
+    row = Prompt(({"role": "assistant", "content": None, "tool_calls": calls},), tools=({"n": 1},))
+    assert [text_of(turn) for turn in row.with_tools] == ['[{"n": 1}]', json.dumps(calls)]
+    assert key_of(row.with_tools) != key_of(row.prompt)
+    assert dataclasses.replace(row, tools=()).with_tools == row.prompt
+
+
+# Ends of prompts
+
+
+def test_a_raw_prompt_does_not_end_in_eos(in_letters):
+    tokenizer = load_tokenizer(in_letters(adds_eos=True))
+    assert tokenizer.decode(tokenizer.encode("1+1=")) == "<s>1+1=</s>"
+    assert tokenizer.decode(show("1+1=", tokenizer, format="raw")) == "<s>1+1="
+    # An ending that the text itself has stays.
+    assert tokenizer.decode(show("1+1=</s>", tokenizer, format="raw")) == "<s>1+1=</s>"

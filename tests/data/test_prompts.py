@@ -12,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdjax.config import MINI_PAIR, DataConfig
-from opdjax.data.prompt_rows import Prompt, read_prompts
-from opdjax.data.prompts import PromptSet, _with_context, collate, encode_prompts, indices_at
+from opdjax.data.prompt_rows import Prompt, read_prompts, require_field
+from opdjax.data.prompts import (
+    PromptSet,
+    _with_context,
+    collate,
+    encode_prompts,
+    indices_at,
+    load_rows,
+    messages_of,
+)
 from opdjax.data.sources import DataError
 from opdjax.data.tokenizer import load_tokenizer
 
@@ -63,10 +71,43 @@ def test_rows_of_every_form(write):
     )
     assert read_prompts(source) == [
         Prompt("1+1=", "2", ("1+1=2",)),
-        Prompt(({"role": "system", "content": "be short"}, {"role": "user", "content": "né 你好"})),
+        Prompt(
+            (
+                {"role": "system", "content": "be short"},
+                {"role": "user", "content": "né 你好", "name": "x"},
+            )
+        ),
         Prompt("n", "42", ("a", "b")),
         Prompt("f", "0.5"),
     ]
+
+
+def test_files_that_people_have_need_no_prefix(tmp_path):
+    def write(name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+
+    write(
+        "rows.json", '[{"prompt": "a, \\"b\\"", "answer": 1},\n{"prompt": "né\\n", "answer": "2"}]'
+    )
+    write("rows.csv", 'answer,prompt\r\n1,"a, ""b"""\r\n2,"né\n"\r\n\r\n')
+    expected = [Prompt('a, "b"', "1"), Prompt("né\n", "2")]
+    for name in ("rows.json", "rows.csv"):
+        assert read_prompts(str(tmp_path / name)) == expected, name
+    write("rows.csv", "answer,prompt\n1\n")
+    with pytest.raises(DataError, match=r"rows\.csv, line 2: .* a cell for each column"):
+        read_prompts(str(tmp_path / "rows.csv"))
+
+
+def test_bad_rows_are_skipped_and_counted_by_option(write, tokenizer, capsys):
+    source = write({"prompt": "1+1="}, *MALFORMED)
+    assert read_prompts(source, skips_bad_rows=True) == [Prompt("1+1=")]
+    assert f"skipped {len(MALFORMED)} bad rows (data.skip_bad_rows), first {source}, line 2" in (
+        capsys.readouterr().out
+    )
+    rows = [Prompt("1+1="), Prompt("\ud800")]
+    found = encode_prompts(rows, DataConfig(source="x", skip_bad_rows=True), tokenizer, tokenizer)
+    assert [len(found), found.num_skipped] == [1, 1]
+    assert "half a surrogate pair" in found.skipped[0]
 
 
 def test_the_built_in_task_as_a_source():
@@ -92,9 +133,10 @@ MALFORMED = {
     '{"prompt": null}': "'prompt' is None; expected a non-empty string",
     '{"prompt": []}': "'prompt' is []; expected a non-empty string",
     '{"prompt": ["a"]}': "'prompt' is ['a']; expected a non-empty string",
-    '{"prompt": [{"role": "user"}]}': "'prompt' is [{'role': 'user'}]; expected a non-empty string",
-    '{"prompt": [{"role": "user", "content": 3}]}': "expected a non-empty string or a list of "
-    "{role, content} messages",
+    '{"prompt": [{"content": "a"}]}': "'prompt' is [{'content': 'a'}]; expected a non-empty string",
+    '{"prompt": [{"role": "user"}]}': "'prompt.0.content' is null; expected a text, or calls of "
+    "tools beside it",
+    '{"prompt": [{"role": "user", "content": 3}]}': "'prompt.0.content' is 3; expected a text",
     '{"prompt": "a", "answer": ["2"]}': "'answer' is ['2']; expected a string or a number",
     '{"prompt": "a", "answer": true}': "'answer' is True; expected a string or a number",
     '{"prompt": "a", "references": [1]}': "the reference answers 'references' are [1]; expected a "
@@ -106,6 +148,31 @@ MALFORMED = {
     '{"prompt": [{"role": "assistant", "content": "b"}]}': "'prompt' holds only an assistant's "
     "turn",
 }
+
+
+def test_a_last_turn_that_is_no_text_is_named_where_references_are_needed(write):
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    source = write({"prompt": [{"role": "user", "content": "1+1="}, calls]})
+    with pytest.raises(DataError, match=r"prompt 0 .* its last turn holds 'tool_calls'"):
+        require_field(read_prompts(source), "references", {}, source, "they are trained on")
+    source = write({"prompt": "1+1=", "references": [calls]})
+    with pytest.raises(DataError, match="the last turn of 'references' holds 'tool_calls'"):
+        read_prompts(source)
+
+
+def test_a_reference_ends_at_its_first_stop_token(tokenizer, write):
+    texts = ["1+1=2<|im_end|>\n3", "<|im_end|>", "1+1=2"]
+    data = DataConfig(write({"prompt": "1+1=", "references": texts}))
+    (row,) = load_rows(data, tokenizer, [tokenizer.eos_token_id])
+    assert row.references == ("1+1=2", "1+1=2")
+    # A stop token that is a word is cut as an id, since words may be parts of others.
+    (row,) = load_rows(data, tokenizer, tokenizer.encode("2"))
+    assert row.references == tuple(texts)
+
+
+def test_a_model_behind_an_api_is_not_asked_without_the_tools():
+    with pytest.raises(DataError, match="rows with 'tools', which a model behind an API"):
+        messages_of(Prompt("1+1=", tools=({"name": "add"},)), DataConfig())
 
 
 @pytest.mark.parametrize("line", MALFORMED)
@@ -145,14 +212,15 @@ def test_an_empty_file_is_refused(write, lines):
         ("/nowhere/rows.jsonl", "data source /nowhere/rows.jsonl does not exist"),
         (
             "gsm8k",
-            r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, a \.jsonl file, "
-            r"parquet:PATH, hf:",
+            r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, a \.jsonl, \.json, "
+            r"\.csv or \.parquet file, parquet:PATH, hf:",
         ),
         (
             "huggingface:gsm8k",
             r"data source 'huggingface:gsm8k' is not known; expected arithmetic:SPLIT",
         ),
-        ("rows.csv", r"data source 'rows\.csv' is not known"),
+        ("rows.csv", r"data source rows\.csv does not exist"),
+        ("rows.xlsx", r"data source 'rows\.xlsx' is not known"),
         ("arithmetic:test[:10%]", r"arithmetic has no split 'test\[:10%\]'"),
         (
             "arithmetic:tset",
@@ -223,6 +291,10 @@ def test_in_messages_the_last_turn_of_the_user_shows_it(tokenizer):
     assert student.count("2+3=") == 1
     assert teacher == student.replace("2+3=", "2+3=2+3=5")
     assert row.prompt[3]["content"] == "2+3="
+    # Text parts become one.
+    parts = [{"type": "text", "text": text} for text in ("2+", "3=")]
+    wrapped = _with_context(Prompt(({"role": "user", "content": parts},), "5"), "{answer}#{prompt}")
+    assert wrapped[0]["content"] == [{"type": "text", "text": "5#2+3="}]
     with pytest.raises(
         DataError,
         match=r"prompt 0 of .* has no user's turn, which data\.teacher_prompt_format wraps",

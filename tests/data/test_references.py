@@ -145,7 +145,7 @@ def test_a_file_of_another_kind_is_left_as_it_is(tmp_path, content):
 
 def test_no_file_and_a_directory_are_told_apart(tmp_path):
     with pytest.raises(
-        ReferenceIndexError,
+        ReferenceMissError,
         match="which does not exist; write the file with opdjax references EXPERIMENT",
     ):
         read_index(tmp_path / "none.jsonl")

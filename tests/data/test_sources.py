@@ -126,6 +126,7 @@ def stored(here, prepared):
         "parquet": f"parquet:{here / 'one.parquet'}",
         "hf": f"hf:{here / 'saved'}#train",
         "tfds": f"tfds:opdjax_arithmetic#{SPLIT}",
+        "parquet without its name": f"{here / 'one.parquet'}",
         "parquet directory": f"parquet:{files}",
         "parquet pattern": f"parquet:{here}/f*/train-*.parquet",
         "hf directory of files": f"hf:{files}#train",
@@ -331,7 +332,7 @@ def test_messages_whose_fields_differ_by_row(tmp_path):
     store_lines(rows, tmp_path / "rows.jsonl")
     assert read_prompts(f"hf:{tmp_path}#train") == [
         Prompt((user("1+1="),), "2"),
-        Prompt((user("2+2="),), "4"),
+        Prompt(({**user("2+2="), "name": {"first": "x"}},), "4"),
     ]
 
 
@@ -427,7 +428,7 @@ WRONG_TYPES = {
     "bytes that are no text": ([{"prompt": b"\xff"}], "row 0: 'prompt' is not UTF-8 text"),
     "messages without content": (
         [{"prompt": [{"role": "user"}]}],
-        "row 0: 'prompt' is .* expected a non-empty string or a list",
+        "row 0: 'prompt.0.content' is null; expected a text",
     ),
     "a null": ([{"prompt": "a"}, {"prompt": None}], "row 1: 'prompt' is None"),
 }

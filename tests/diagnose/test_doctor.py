@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import opdjax.diagnose.measurements
 import opdjax.rollouts.on_policy
@@ -51,6 +52,8 @@ from opdjax.train import train
 # Of a run with a teacher's scores, without a judge.
 NAMES = [
     "tokenizers",
+    "tokenizer_file",
+    "data",
     "padded_vocabulary",
     "stop_tokens",
     "chat_template",
@@ -70,16 +73,17 @@ def healthy(tmp_path_factory):
     source = tmp_path_factory.mktemp("data") / "problems.jsonl"
     rows = [
         {"prompt": p.prompt, "answer": p.answer, "reference": p.reference}
-        for p in problems("train")[:16]
+        for p in problems("train")[:32]
     ]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file, part in ((source, rows[:16]), (source.with_name("held_out.jsonl"), rows[16:])):
+        file.write_text("".join(json.dumps(row) + "\n" for row in part))
     return Config(
         data=DataConfig(str(source), max_prompt_length=32),
         sampling=SamplingConfig(max_completion_length=20),
         estimator=EstimatorConfig("vopd"),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         train=TrainConfig(num_steps=1, prompts_per_step=8),
-        evaluation=EvaluationConfig(str(source)),
+        evaluation=EvaluationConfig(str(source.with_name("held_out.jsonl"))),
         mesh=MeshConfig(1),
     )
 
@@ -204,6 +208,8 @@ def test_a_run_that_compares_no_scores_checks_its_student(healthy):
     config = vary(healthy, estimator={"recipe": "sft"}, sampling={"completions_from": "references"})
     findings = diagnose(config)
     assert list(findings) == [
+        "tokenizer_file",
+        "data",
         "padded_vocabulary",
         "stop_tokens",
         "sampler_matches_scorer",
@@ -227,6 +233,30 @@ def test_which_recipes_are_zero_at_the_teacher():
     assert is_zero(recipe="npd", kd_weight=1.0, renormalize="both")
     assert not is_zero(recipe="npd", kd_weight=1.0)
     assert not is_zero(recipe="npd", renormalize="both")
+
+
+def test_data_that_repeats_is_shared_or_lacks_answers_is_counted(healthy, tmp_path):
+    sums = [{"prompt": f"{n}+1=", "answer": str(n + 1), "reference": "x"} for n in range(4)]
+    del sums[3]["answer"]
+    rows = [*sums, sums[0], {**sums[1], "prompt": [{"role": "user", "content": "1+1="}]}]
+    files = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    for file, part in zip(files, (rows, sums[1:3])):
+        file.write_text("".join(json.dumps(row) + "\n" for row in part))
+    source, held_out = map(str, files)
+    config = vary(healthy, data={"source": source}, evaluation={"source": held_out})
+    (found,) = examine(prepare(config), only=["data"])
+    assert found.status == "warning"
+    for words in (
+        f"2 of 6 prompts of {source} repeat an earlier one",
+        "2 of 2 prompts of the evaluation are also trained on",
+        "6 prompts are fewer than train.prompts_per_step, 8",
+        "1 of 6 prompts have no answer",
+    ):
+        assert words in found.message
+    missing = str(tmp_path / "none.jsonl")
+    (found,) = run_checks(vary(config, data={"references": missing}))
+    assert found.status == "fault"
+    assert f"data.references names {missing}, which does not exist" in found.message
 
 
 def test_a_healthy_run_prints_nothing_at_its_start(healthy, capsys):
@@ -611,6 +641,35 @@ def test_tokenizers_that_split_alike_only_some_texts(plant):
         load_tokenizer(MINI_PAIR / "student"), load_tokenizer(config.teacher.path), "opd"
     )
     assert finding.status == "fault"
+
+
+def test_texts_that_transformers_splits_otherwise_than_tokenizer_json_are_named(tmp_path):
+    """It takes the pre-tokenizer of some model types from its own code."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    vocab = {letter: n for n, letter in enumerate([*sorted(letters), "12"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [("1", "2")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    for kind, status in (("llama", "ok"), ("qwen2", "warning")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        model = space(tokenizer=load_tokenizer(tmp_path))
+        found = doctor.tokenizer_file(space(setup=space(tokenizer=model.tokenizer, teacher=model)))
+        assert found.status == status
+    assert (
+        "tokenizer.json splits ' 12.5;' as 'Ġ' '12' '.' '5' ';', transformers as 'Ġ' '1' '2'"
+        in (found.message)
+    )
+
+
+def test_prompts_that_end_in_a_stop_token_are_a_warning(healthy, tmp_path):
+    source = tmp_path / "rows.jsonl"
+    prompts = ("1+1=<|im_end|>", "1+1=")
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    config = vary(healthy, data={"source": str(source), "format": "raw"})
+    found = {each.name: each for each in check_settings(prepare(config))}["stop_tokens"]
+    assert found.status == "warning"
+    assert "1 of 2 prompts end in 2 '<|im_end|>', where answers stop" in found.message
 
 
 def test_the_end_of_a_turn_is_read_from_the_template():

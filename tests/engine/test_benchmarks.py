@@ -56,14 +56,14 @@ def run(file, tmp_path_factory):
 def test_scores_of_benchmarks_by_hand():
     scores = np.array([0.0, 1.0, 0.5, 1.0, 1.0])
     found = by_benchmark(["a", "b", "a", "b", "a"], {"avg@k": scores})
-    # a: 0, 0.5, 1, with standard deviation 0.5; b: 1, 1.
+    # a: 0, 0.5, 1, with standard deviation 0.5; b: 1, 1, of which two prompts say nothing.
     half = 1.959964 * 0.5 / math.sqrt(3)
     assert found["a"] == {"num_prompts": 3, "avg@k": 0.5, "avg@k_interval": pytest.approx(half)}
-    assert found["b"] == {"num_prompts": 2, "avg@k": 1.0, "avg@k_interval": 0.0}
+    assert found["b"] == {"num_prompts": 2, "avg@k": 1.0, "avg@k_interval": 1.0}
     assert found["mean"] == {
         "num_prompts": 5,
         "avg@k": 0.75,
-        "avg@k_interval": pytest.approx(half / 2),
+        "avg@k_interval": pytest.approx(math.hypot(half, 1.0) / 2),
     }
     assert math.isinf(by_benchmark(["a", "b"], {"avg@k": scores[:2]})["mean"]["avg@k_interval"])
 
@@ -133,8 +133,9 @@ def test_the_command_prints_them(file, tmp_path, capsys):
         ]
     )
     printed, found = capsys.readouterr().out, json.loads(output.read_text())["benchmarks"]
-    for line in benchmark_lines(found):
+    for line in benchmark_lines(found, 2):
         assert line in printed
+        assert "avg@2" in line
     assert found["small"]["num_prompts"] == 3
 
 

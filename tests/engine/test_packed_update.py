@@ -162,7 +162,7 @@ EVERY = [(False, 2), (True, 1), (True, 2), (True, 8)]
 @pytest.mark.parametrize(
     ("estimator", "aggregation", "forms"),
     [
-        (COUPLED, "token_mean", [(False, 2), (True, 8)]),
+        (COUPLED, "token_mean", [(True, 8)]),
         (EXPECTED, "sequence_mean_token_mean", ONCE),
         pytest.param(PREFIX, "token_mean", ONCE, marks=pytest.mark.long),
         *(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from opdjax.config import MINI_STUDENT, DataConfig
 from opdjax.data.prompt_rows import read_prompts
 from opdjax.data.prompts import collate, encode_prompts
+from opdjax.data.stop_strings import find_stop_strings
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine import sampler, scheduling
 from opdjax.engine.decoding import (
@@ -583,6 +584,29 @@ def test_a_stop_token_in_the_last_column_is_no_truncation(generate, mixed):
     assert drawn.mask[stopped].sum(1).tolist() == [LENGTH] * stopped.sum()
     assert not drawn.is_truncated[stopped].any()
     np.testing.assert_array_equal(drawn.is_truncated[~stopped], drawn.mask[~stopped, -1])
+
+
+@pytest.mark.parametrize("slots", [None, 8])
+def test_a_stop_string_ends_its_row_and_changes_no_draw_before(generate, mixed, rollouts, slots):
+    tokenizer = load_tokenizer(open_checkpoint(MINI_STUDENT).path)
+    texts = ("=1", ";2", "3+", "-1", "5", "<think>")
+    strings = find_stop_strings(texts, tokenizer, len(tokenizer.get_vocab()))
+    found = generate(mixed, num_generations=8, temperature=1.5, slots=slots, stop_strings=strings)
+    tokens, mask = completion(rollouts)
+    is_met = strings.is_met(tokens) & mask
+    is_kept = mask & (np.cumsum(is_met, axis=1) - is_met == 0)
+    np.testing.assert_array_equal(completion(found)[1], is_kept)
+    np.testing.assert_array_equal(completion(found)[0], np.where(is_kept, tokens, 0))
+    np.testing.assert_array_equal(found.is_truncated, rollouts.is_truncated & ~is_met.any(axis=1))
+    for row, keep in zip(*completion(found)):
+        text = tokenizer.decode(row[keep][:-1])
+        assert not any(each in text for each in texts)
+    assert 15 < is_met.any(axis=1).sum() < 48
+    size = int(is_met[is_met.any(axis=1)].argmax(axis=1)[0]) + 1  # where a row ends
+    cut = generate(mixed, num_generations=8, temperature=1.5, stop_strings=strings, length=size)
+    ended = cut.mask[:, -1] & strings.is_met(cut.tokens[:, -size:])[:, -1]
+    assert ended.any()
+    assert not cut.is_truncated[ended].any()
 
 
 def test_filler_rows_are_empty(rollouts):

@@ -32,6 +32,7 @@ from opdjax.engine.update import (
     make_optimizer,
     make_update,
     noise_and_signal,
+    teacher_weights,
 )
 from opdjax.estimators.losses import AGGREGATIONS
 from opdjax.models.decoder import head_of
@@ -245,6 +246,34 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(rng):
     )  # the first step that is applied
     assert np.isfinite(metrics["loss/objective"])
     assert relative_difference(kept[0], state.params) > 0
+
+
+def test_the_teachers_moving_average_follows_the_applied_updates(rng):
+    """average = decay x average + (1 - decay) x weights, sharded as the weights are; a skipped
+    batch changes nothing.
+    """
+    estimator, mesh = EstimatorConfig(recipe="full_kl"), make_mesh(1, 4, 2)
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(make_batch(rng), teacher, estimator)
+    config = OptimizerConfig(learning_rate=1e-2, teacher_ema_decay=0.75)
+    state = init_state(student, make_optimizer(config, 10), mesh)
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, teacher_weights(layout), layout.params))
+    assert any(not sharding.is_fully_replicated for sharding in jax.tree.leaves(layout.params))
+    expected = jax.tree.map(np.asarray, state.params)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, teacher_weights(state)), expected)
+    spec = UpdateSpec(MODEL, in_tiles(estimator), "float32", 7)
+    update = make_update(spec, config, 10)
+    bad = dataclasses.replace(batch.teacher, hidden=batch.teacher.hidden * jnp.nan)
+    for each in (batch, dataclasses.replace(batch, teacher=bad), batch):
+        state, metrics = update(state, each, head)
+        if np.isfinite(metrics["loss/objective"]):
+            expected = jax.tree.map(lambda a, x: 0.75 * a + 0.25 * x, expected, state.params)
+        chex.assert_trees_all_close(teacher_weights(state), expected, rtol=1e-6)
+    assert int(state.num_skipped) == 1
+    assert relative_difference(teacher_weights(state), state.params) > 1e-3
+    plain = init_state(student, make_optimizer(OptimizerConfig(), 10))
+    assert teacher_weights(plain) is plain.params
 
 
 def test_a_bfloat16_forward_keeps_float32_parameters_and_small_steps(rng):

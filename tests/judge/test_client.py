@@ -266,6 +266,44 @@ def test_what_is_sent():
 def test_the_limit_of_a_reply_has_the_name_that_the_server_knows(url, name):
     body = request_body(Endpoint(url, "m", max_tokens=7), ASKED, None, "reply", "text")
     assert body == {"model": "m", "messages": ASKED, name: 7}
+    api = ApiConfig(url, max_tokens=7, max_tokens_field="max_completion_tokens")
+    body = request_body(api.endpoint("verifier", "m", ""), ASKED, None, "reply", "text")
+    assert body == {"model": "m", "messages": ASKED, "max_completion_tokens": 7}
+
+
+# What servers say of a parameter, and the setting that is named.
+UNSUPPORTED = {
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+    "'max_completion_tokens' instead.": "set api.max_tokens_field to max_completion_tokens",
+    "max_tokens is not supported, use max_completion_tokens": "api.max_tokens_field",
+    '{"detail":[{"type":"extra_forbidden","loc":["body","max_tokens"]}]}': "api.max_tokens_field",
+    "Unrecognized request argument supplied: max_tokens": "api.max_tokens_field",
+    "Unsupported value: 'temperature' does not support 0.5 with this model.": "judge.temperature",
+    "reasoning_effort: unknown field": "leave judge.reasoning_effort out",
+}
+
+
+@pytest.mark.parametrize(("sentence", "advice"), UNSUPPORTED.items())
+def test_a_server_that_refuses_a_parameter_is_quoted_and_the_setting_named(sentence, advice):
+    found, requests, _ = one_call(
+        lambda *_: refusal(400, sentence), temperature=0.5, reasoning_effort="low"
+    )
+    assert type(found) is ApiRefusedError  # no other request can succeed: the run stops
+    assert requests == 1
+    assert sentence.rstrip(".") in str(found)
+    assert advice in str(found)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "max_tokens is too large: 8192. This model supports at most 4096 tokens.",
+        "This model's maximum context length is 4096 tokens, and max_tokens is 8192.",
+        f"too long: {'x' * 300} an unknown max_tokens",
+    ],
+)
+def test_a_request_that_is_refused_for_its_length_leaves_others_a_chance(sentence):
+    assert type(one_call(lambda *_: refusal(400, sentence))[0]) is ApiRequestError
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from opdjax.judge.criteria import CriteriaStore
 def test_criteria_that_no_rollout_was_held_to_are_not_kept(tmp_path):
     def references_alone(role, number, document):
         if role == "verifier":
-            document["answers"] = [row for row in document["answers"] if all(row["verdicts"])]
+            rows = document["answers"]
+            document["answers"] = [r if all(r["verdicts"]) else r | {"verdicts": []} for r in rows]
         return document
 
     (found,) = judged(Scripted(references_alone), answers=("a", "b"), refresh="evolving")

@@ -60,6 +60,7 @@ def test_a_key_is_what_decides_the_reply_and_nothing_else():
         "tokens_per_minute": 1,
         "input_price": 1.0,
         "output_price": 1.0,
+        "max_tokens_field": "max_completion_tokens",
     }
     assert key == request_key(dataclasses.replace(ENDPOINT, **others), ASKED, None, 0)
     deciding = {

@@ -8,16 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opdjax.config.rubrics import RubricsConfig
+from opdjax.judge.reply_object import ERRORS, REPAIRS, ReplyError, read_object
 from opdjax.judge.schema import (
-    ERRORS,
-    REPAIRS,
     Criterion,
-    ReplyError,
     Rubric,
     parse_rubric,
     parse_scores,
     parse_verdicts,
-    read_object,
 )
 
 CONFIG = RubricsConfig(num_criteria=(1, 12))
@@ -95,7 +92,7 @@ def test_stage_scores_are_of_the_stage_s_own_criteria():
         (rubric(item()), ()),
         (f"```json\n{rubric(item())}\n```", ("fence",)),
         (f"Here it is:\n{rubric(item())}\nI hope that helps {{you}}.", ("prose",)),
-        ('An object {"k": 1} first, then ' + rubric(item()), ("prose",)),
+        (f"{rubric(item())}\nOnce more:\n```json\n{rubric(item())}\n```", ("prose",)),
         (rubric(item(), maximum_score=99), ("unknown_keys",)),
         (rubric(item(points=9)), ("unknown_keys",)),
         (rubric(item(id="C1")), ("id_case",)),
@@ -119,6 +116,12 @@ def test_what_is_repaired(text, repairs):
         ("[" * 100_000, "parse_error", "no JSON object"),
         ('{"criteria": ' * 5000, "parse_error", "no JSON object"),
         ('{"criteria": NaN}', "parse_error", "no JSON object"),
+        ('An object {"k": 1} first, then\n' + rubric(item()), "ambiguous", "objects that differ"),
+        (f"It is {rubric(item())}", "ambiguous", "inside of a sentence"),
+        ('{"criteria": [], "criteria": [1]}', "ambiguous", "each key once"),
+        (rubric(item(final_weight=5)), "ambiguous", "expected 'weight' alone"),
+        (rubric(item(text="...")), "validation_error", "has no words"),
+        (rubric(*[item(text="x" * 40_000)] * 10), "parse_error", "at most 400000"),
         ("[1]", "schema_error", "a list"),
         ('{"rubrics": []}', "schema_error", "'criteria'"),
         ('{"criteria": {}}', "schema_error", "an object; expected a list"),
@@ -161,26 +164,23 @@ def test_verdicts_are_mapped_by_index_whatever_their_order():
     assert not read.problems
 
 
-def test_an_answer_that_is_wrong_missing_or_there_twice_loses_only_itself():
-    rows = [
-        (1, [True, False]),
-        (2, [True]),
-        (4, [True, True]),
-        (4, [False, True]),
-        (9, [True, True]),
-        (5, [1, 0]),
-    ]
+def test_an_answer_whose_entry_is_wrong_loses_only_itself():
+    rows = [(1, [True, False]), (2, [True]), (5, [1, 0]), (4, [False, True]), (3, [True] * 3)]
     read = parse_verdicts(verdicts(*rows), 5, 2, False)
-    assert read.values == {0: (1, 0)}
-    assert {
-        place: text for place, text in read.problems.items() if "once" in text or "missing" in text
-    } == {
-        2: "answer 3 is missing",
-        3: "answer 4 is there more than once",
-    }
+    assert read.values == {0: (1, 0), 3: (0, 1)}
+    assert read.problems.keys() == {1, 2, 4}
     assert read.problems[1] == "answer 2 has 1 verdicts; expected 2, of true and false"
     assert "true and false" in read.problems[4]
-    assert read.repairs == ("unknown_answers",)
+    assert not read.repairs
+
+
+@pytest.mark.parametrize(
+    "indices", [(0, 1, 2), (1, 2), (1, 2, 2), (1, 2, 4), (1, 2, 3, 4), (-1, 2, 3), (), (1, 2, True)]
+)
+def test_entries_that_are_not_one_for_each_answer_are_refused(indices):
+    with pytest.raises(ReplyError, match="answer_index from 1 to 3") as refused:
+        parse_verdicts(verdicts(*((index, [True, False]) for index in indices)), 3, 2, False)
+    assert refused.value.kind == "answer_index"
 
 
 def test_grades_are_whole_numbers_up_to_two():
@@ -313,7 +313,7 @@ def test_no_reward_comes_from_a_declared_total(marks, total):
     [
         '<think>first {"answers": [1]} perhaps</think>{"answers": []}',
         '{"answers": [1]} no, </think>\n```json\n{"answers": []}\n```',
-        'so: {"answers": []}',
+        'so:\n{"answers": []}',
     ],
 )
 def test_of_a_reply_that_thinks_aloud_only_what_follows_counts(text):

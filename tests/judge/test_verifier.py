@@ -13,7 +13,7 @@ from opdjax.judge.reflection import verdict_text
 from opdjax.judge.replies import ApiRequestError, ApiUnavailableError, Reply
 from opdjax.judge.rubricator import joined
 from opdjax.judge.schema import Criterion
-from opdjax.judge.structured_output import Judge
+from opdjax.judge.structured_output import Judge, described
 from opdjax.judge.verifier import pools
 
 CRITERIA = [
@@ -118,7 +118,7 @@ def test_every_chunk_has_all_references():
     assert len(chunked.prompts("verifier")) == 4  # a, b, c and nothing; abc is a reference
 
 
-def test_a_rollout_that_the_verifier_missed_is_asked_for_alone():
+def test_a_pool_of_which_the_verifier_missed_some_is_asked_for_again():
     def forget(role, number, document):
         if role == "verifier" and number == 0:
             document["answers"] = document["answers"][:2]
@@ -127,9 +127,27 @@ def test_a_rollout_that_the_verifier_missed_is_asked_for_alone():
     scripted = Scripted(forget)
     (found,) = judged(scripted)
     assert found.scores == tuple(WORTH[answer] for answer in ANSWERS)
+    assert found.tally.problems == {"answer_index": 1, "missing_answer": 0}
+    (_, first), (_, again) = scripted.asked[1:]
+    assert again[0] == first[0]
+    assert (
+        "expected one entry for each answer_index from 1 to 6; there are 2, with 1, 2"
+        in again[2]["content"]
+    )
+
+
+def test_a_rollout_whose_entry_is_wrong_is_asked_for_alone():
+    def shorten(role, number, document):
+        if role == "verifier" and number == 0:
+            document["answers"][2:] = [row | {"verdicts": []} for row in document["answers"][2:]]
+        return document
+
+    scripted = Scripted(shorten)
+    (found,) = judged(scripted)
+    assert found.scores == tuple(WORTH[answer] for answer in ANSWERS)
     later = [set(read_blocks(prompt)["answer"]) for prompt in scripted.prompts("verifier")[1:]]
     assert all(len(texts - set(REFERENCES)) <= 1 and set(REFERENCES) <= texts for texts in later)
-    assert found.tally.problems["missing_answer"] == len(later)
+    assert found.tally.problems["missing_answer"] == len(later) > 0
 
 
 def test_a_rollout_that_stays_missing_is_masked_and_the_others_are_kept():
@@ -143,6 +161,7 @@ def test_a_rollout_that_stays_missing_is_masked_and_the_others_are_kept():
     (found,) = judged(Scripted(forget_c))
     assert found.scores[-1] is None
     assert found.scores[:-1] == tuple(WORTH[answer] for answer in ANSWERS[:-1])
+    assert found.tally.problems["answer_index"] == 3 + 3  # of the pool, and of that rollout alone
 
 
 def test_a_reply_that_cannot_be_used_is_asked_for_again_with_the_reason():
@@ -174,6 +193,9 @@ def test_a_group_that_nobody_can_judge_has_no_scores(role, reply):
     )
     assert not found.is_scored
     assert set(found.scores) == {None}
+    counts, last = described([found.tally]).split("; the last one: ")
+    assert counts == ", ".join(f"{kind} {n}" for kind, n in found.tally.problems.items())
+    assert last == (str(reply) if isinstance(reply, Exception) else found.tally.last_problem)
     assert sum(found.tally.problems.values()) == (1 if isinstance(reply, Exception) else 3)
 
 

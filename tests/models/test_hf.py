@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -340,7 +341,11 @@ HEAD = "lm_head.weight"
     ("name", "change", "words"),
     [
         ("untied", lambda t: t.pop(NORM), [f"missing tensor {NORM}"]),
-        ("untied", lambda t: t.pop(HEAD), ["missing tensor lm_head.weight"]),
+        (
+            "untied",
+            lambda t: t.pop(HEAD),
+            ["missing tensor lm_head.weight (tie_word_embeddings is false"],
+        ),
         (
             "untied",
             lambda t: t.update({"model.layers.2.extra": t[NORM]}),
@@ -363,7 +368,7 @@ HEAD = "lm_head.weight"
         (
             "tied",
             lambda t: t.update({HEAD: t[EMBEDDING] + 1}),
-            ["unexpected tensor lm_head.weight"],
+            ["unexpected tensor lm_head.weight (tie_word_embeddings is true"],
         ),
         (
             "tied",
@@ -460,6 +465,34 @@ def test_index_without_weight_map_is_refused(copy):
     (path / "model.safetensors.index.json").write_text('{"metadata": {}}')
     with pytest.raises(CheckpointError, match=r"index\.json has no weight_map"):
         reload(path)
+
+
+def test_single_file_beside_an_index_of_other_files_is_refused(pairs, save, copy):
+    path = save(pairs["untied"].model, max_shard_size="20KB")
+    stale = copy("untied") / "model.safetensors"
+    (path / "model.safetensors").write_bytes(stale.read_bytes())
+    with pytest.raises(CheckpointError, match=r"one of them is stale.*student\.path") as error:
+        reload(path)
+    assert "\n" not in str(error.value)
+
+
+def test_adapter_directory_whose_base_is_not_there_names_it(tmp_path):
+    base = str(tmp_path / "nowhere")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": base}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="PEFT adapter, and its base .*nowhere.*expected"):
+        open_checkpoint(tmp_path)
+
+
+def test_work_directory_stands_for_its_exported_student(tmp_path, pairs):
+    write = lambda name, value: (tmp_path / name).write_text(json.dumps(value))
+    write("config.json", {"config": {}, "data": {}, "environment": {}})
+    with pytest.raises(CheckpointError, match=r"run without a student; .*opdjax export"):
+        open_checkpoint(tmp_path)
+    shutil.copytree(pairs["untied"].checkpoint.path, tmp_path / "student")
+    write("result.json", {"student": "student"})
+    assert open_checkpoint(tmp_path).path == tmp_path / "student"
+    assert_same_bits(reload(tmp_path), pairs["untied"].params)
 
 
 def test_unknown_dtype_is_refused(pairs):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_models import (
     MODEL,
     gradient,
@@ -23,9 +23,10 @@ from tiny_models import (
 from opdjax.config import EstimatorConfig, LoraConfig, ModelConfig, OptimizerConfig
 from opdjax.engine.update import UpdateSpec, init_state, loss_and_grad, make_optimizer, make_update
 from opdjax.models.decoder import abstract_params, forward
-from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.models.hf import CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.models.hf_export import export, export_adapter
-from opdjax.models.lora import combine, init_adapters, merged, without_adapters
+from opdjax.models.lora import combine, continues, init_adapters, merged, without_adapters
+from opdjax.ops.sharding import make_mesh
 
 LORA = LoraConfig(rank=3, alpha=12.0, targets=("v", "q", "o", "down", "up"))
 SCALE = 4.0
@@ -222,3 +223,91 @@ def test_peft_computes_what_we_compute(name, pairs, build, our_logits, torch_log
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
     np.testing.assert_allclose(torch_logits(merged, *rows), expected, rtol=2e-4, atol=2e-4)
     assert np.abs(expected - torch_logits(pairs[name].model, *rows)).max() > 0.5
+
+
+# Adapters that PEFT wrote
+
+
+@pytest.fixture
+def peft_adapter(pairs, tmp_path):
+    """`make(**settings)`: the directory of an adapter that PEFT saved, and its model."""
+    peft = pytest.importorskip("peft")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def make(**settings):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(pairs["untied"].checkpoint.path)
+        config = peft.LoraConfig(
+            r=3,
+            lora_alpha=12,
+            target_modules=["q_proj", "down_proj"],
+            init_lora_weights=False,  # B is random too
+            **settings,
+        )
+        model = peft.get_peft_model(base, config).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter", model
+
+    return make
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"layers_to_transform": [1]}])
+def test_a_directory_of_peft_is_its_base_with_the_adapter(
+    settings, peft_adapter, pairs, our_logits, torch_logits, rng
+):
+    directory, model = peft_adapter(**settings)
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.path == pairs["untied"].checkpoint.path
+    assert fingerprint(checkpoint) != fingerprint(pairs["untied"].checkpoint)
+    rows = rng.integers(0, 131, (2, 9)), np.ones((2, 9), np.int64)
+    found = our_logits(load_params(checkpoint, "float32"), checkpoint.config, *rows)
+    np.testing.assert_allclose(found, torch_logits(model, *rows), rtol=2e-4, atol=2e-4)
+    assert np.abs(found - torch_logits(pairs["untied"].model, *rows)).max() > 0.05
+    base = load_params(checkpoint, "float32", with_adapter=False)
+    chex.assert_trees_all_equal(base, load_params(pairs["untied"].checkpoint, "float32"))
+    mesh = make_mesh(4, 2)
+    sharded = load_params(checkpoint, "float32", mesh)
+    chex.assert_trees_all_close(sharded, load_params(checkpoint, "float32"), rtol=1e-6)
+    alpha = 12 * 3**0.5 if "use_rslora" in settings else 12.0
+    lora = LoraConfig(3, alpha, ("down", "q"))
+    assert continues(checkpoint, lora) == ("layers_to_transform" not in settings)
+    for other in ((2, 8.0, ("down", "q")), (3, 1.0, ("down", "q")), (3, alpha, ("q",))):
+        assert not continues(checkpoint, LoraConfig(*other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, r"use_dora True; expected a plain LORA adapter"),
+        ({"bias": "all"}, "bias 'all'"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\]"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"r": 0}, "r 0"),
+        ({"r": 2}, "of rank 2, as PEFT saves them"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path None"),
+        (
+            {"base_model_name_or_path": "/no/such/base"},
+            "is a PEFT adapter, and its base cannot be opened: '/no/such/base' is neither",
+        ),
+    ],
+)
+def test_another_adapter_is_refused_by_the_name_of_what_it_has(changes, message, pairs, tmp_path):
+    checkpoint, params = adapted_pair(pairs, "untied", np.random.default_rng(0))
+    directory = tmp_path / "adapter"
+    export_adapter(params, checkpoint, LORA, ModelConfig(str(checkpoint.path)), directory)
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message):
+        load_params(open_checkpoint(directory), "float32")
+
+
+def test_a_tensor_that_is_no_adapter_is_named(pairs, tmp_path):
+    checkpoint, params = adapted_pair(pairs, "untied", np.random.default_rng(0))
+    directory = tmp_path / "adapter"
+    export_adapter(params, checkpoint, LORA, ModelConfig(str(checkpoint.path)), directory)
+    save_file({"model.norm.weight": np.ones(3)}, directory / "adapter_model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"holds \['model.norm.weight'\]; expected the lora_A"
+    ):
+        load_params(open_checkpoint(directory), "float32")

@@ -17,6 +17,8 @@ from opdjax.ops.sharding import make_mesh
 from opdjax.rollouts.setup import prepare
 from opdjax.train import train
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 MESHES = {"2x2x2": MeshConfig(2, 2, 2), "8x1x1": MeshConfig(8), "2x4x1": MeshConfig(2, 4)}
 
 

@@ -63,9 +63,7 @@ ALONE = {"npd, stored", "sft"}  # without a teacher model
 # Together they use everything that a tile offers; the others run with the long tests.
 SOME = {
     "opd, more draws",
-    "vopd, student's top k",
     "vopd, optimal",
-    "jsd",
     "top k, wider than a slice",
     "top k, tail",
     "npd, stored",

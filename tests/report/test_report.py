@@ -26,8 +26,9 @@ from opdjax.report.drawing import REST
 from opdjax.report.page import write_report
 from opdjax.report.render import facts_as_json
 from opdjax.report.sweep import differing_overrides, shown_override, sweep_facts
-from opdjax.runs.results import read_points, read_run
-from opdjax.runs.statistics import seed_interval
+from opdjax.report.table import table
+from opdjax.runs.results import read_points, read_result, read_run, result_table
+from opdjax.runs.statistics import NO_RIGHT_ANSWER, seed_interval
 from opdjax.runs.workdir import WorkdirError
 
 ENVIRONMENT = {"opdjax": "0.1.0", "commit": "c0ffee", "python": "3.11.7", "jax": "0.10.2"}
@@ -446,6 +447,26 @@ def test_a_change_within_its_interval_is_not_called_a_gain(tmp_path):
         "avg@8 did not change measurably: it went from 0.409 to 0.415"
         in read(write_run(tmp_path / "run", after=0.415, metrics=[])).all
     )
+
+
+def test_a_grader_that_finds_no_right_answer_is_named_everywhere(tmp_path):
+    for seed in (0, 1):
+        point = write_point(tmp_path / "sweep", config(seed=seed), seed=seed)
+        for name in ("eval.jsonl", "result.json"):
+            text = (point / name).read_text()
+            wrong = re.sub(r'("(avg@k|pass@k|greedy)"): [-\d.]+', r"\1: 0.0", text)
+            (point / name).write_text(wrong)
+    warned = NO_RIGHT_ANSWER.capitalize()
+    assert warned in read(point).all
+    assert warned in read(tmp_path / "sweep").all
+    assert result_table(read_result(point)).endswith(NO_RIGHT_ANSWER)
+    # Over seeds, 0 and 0 have no spread: 3 / 64 prompts.
+    printed = table(tmp_path / "sweep")
+    assert NO_RIGHT_ANSWER in printed
+    assert "0.000 ± 0.047" in printed
+    right = write_run(tmp_path / "right")
+    assert warned not in read(right).all
+    assert NO_RIGHT_ANSWER not in result_table(read_result(right))
 
 
 def test_metrics_that_are_not_finite_leave_gaps_and_are_named(tmp_path):

@@ -4,16 +4,34 @@ student's rollouts.
 
 import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from answer_runs import copy_of, swap_two_ids, taught
-from tiny_runs import assert_same_run, column, interrupted_at, samples, without_times
+from tiny_runs import (
+    assert_equal_trees,
+    assert_same_run,
+    column,
+    interrupted_at,
+    samples,
+    vary,
+    without_times,
+)
 
 from opdjax.config import MINI_PAIR, MeshConfig, ModelConfig
 from opdjax.data.chat import TokenizerMismatchError
 from opdjax.data.sources import DataError
+from opdjax.data.tokenizer import load_tokenizer
+from opdjax.ops.sharding import to_host
+from opdjax.rollouts.checks import check_mask
+from opdjax.rollouts.on_policy import OnPolicySource, prompts_of, step_rollouts
+from opdjax.rollouts.rows import student_rows
+from opdjax.rollouts.setup import initial_weights, prepare
+from opdjax.runs.metrics import Timer
 from opdjax.train import train
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 @pytest.fixture
@@ -66,6 +84,56 @@ def test_an_answer_that_was_cut_off_counts_as_truncated(tmp_path):
         assert row["tokens"][-1] != "<|im_end|>"
 
 
+MIXED = {"sampling": {"student_fraction": 0.5, "num_generations": 2}, "recipe": "full_kl"}
+
+
+@pytest.mark.parametrize("source", ["teacher", "references"])
+def test_each_row_of_a_mixed_step_is_the_students_or_the_given_one(source, data):
+    """A row has the tokens that it has where the student, or the other, writes all rows."""
+    config = taught(source, **MIXED, data={"source": str(data)})
+    setup = prepare(config)
+    params = initial_weights(setup)
+    prompts = prompts_of(setup.prompts, config, 3)
+
+    def rollouts(**sampling):
+        changed = dataclasses.replace(setup, config=vary(config, sampling=sampling))
+        return to_host(step_rollouts(changed, params, prompts, 3))
+
+    mixed, given = rollouts(), rollouts(student_fraction=0.0)
+    own = rollouts(completions_from="student", student_fraction=0.0)
+    is_own = student_rows(config, 3)
+    assert 0 < is_own.sum() < len(is_own) == len(mixed.tokens) == 8
+    for name in ("tokens", "mask", "segment_ids", "sample_id", "is_truncated"):
+        found, students, others = (getattr(each, name) for each in (mixed, own, given))
+        np.testing.assert_array_equal(found[is_own], students[is_own])
+        np.testing.assert_array_equal(found[~is_own], others[~is_own])
+    assert mixed.behavior_logprobs is None
+    everything = rollouts(student_fraction=1.0)
+    assert_equal_trees(everything, own)
+
+
+def test_the_share_of_the_students_rows_is_that_of_the_config():
+    config = taught(**MIXED)
+    shares = [student_rows(config, step) for step in range(500)]
+    assert abs(np.mean(shares) - 0.5) < 0.03
+    assert any((shares[0] != share).any() for share in shares)
+    other = dataclasses.replace(config, seed=1)
+    assert any((student_rows(other, step) != shares[step]).any() for step in range(5))
+
+
+def test_a_mixed_run_counts_its_tokens_and_continues_bit_for_bit(tmp_path):
+    config = taught(**MIXED, checkpoint={"every": 1})
+    train(config, tmp_path / "straight")
+    with interrupted_at(1):
+        train(config, tmp_path / "broken")
+    train(config, tmp_path / "broken")
+    assert_same_run(tmp_path / "straight", tmp_path / "broken")
+    for step, row in enumerate(without_times(tmp_path / "straight")):
+        assert row["rollout/student_ratio"] == student_rows(config, step).mean()
+        assert 0 < row["perf/generated_tokens"] < row["perf/trained_tokens"]
+        assert row["perf/trained_tokens"] < row["perf/teacher_tokens"]
+
+
 def test_references_are_used_in_turn_and_need_no_teacher(data, tmp_path):
     config = taught(
         "references", data={"source": str(data)}, train={"num_steps": 2, "prompts_per_step": 2}
@@ -85,6 +153,35 @@ def test_a_prompt_without_an_answer_is_refused(references, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "3+1+1=", "references": references}))
     with pytest.raises(DataError, match=r"prompt 0 of .* has no 'references' \(1 such rows\)"):
         train(taught("references", data={"source": str(tmp_path / "rows.jsonl")}), tmp_path / "run")
+
+
+def test_given_answers_are_cut_at_their_first_stop_token(tmp_path):
+    """Be it a special token in the text, or a word at which the run stops."""
+    texts = ["3+1=4#4", "3+1=4#4<|im_end|>", "3+1=4#4<|im_end|>\n7", "3+1=4#4;5", "3+1=4#4;5;"]
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n}+1+1=", "reference": text} for n, text in enumerate(texts)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    semicolon = load_tokenizer(MINI_PAIR / "student").encode(";")
+    config = taught(
+        "references",
+        data={"source": str(file)},
+        sampling={"stop_token_ids": tuple(semicolon)},
+        train={"num_steps": 1, "prompts_per_step": len(texts)},
+    )
+    setup = prepare(config)
+    data = OnPolicySource(setup).next(0, Timer())
+    mask, tokens = np.asarray(data.rollouts.mask), np.asarray(data.rollouts.tokens)
+    words = ["3", "+", "1", "=", "4", "#", "4", "<|im_end|>"]
+    for row, keep in zip(tokens, mask):
+        assert setup.tokenizer.convert_ids_to_tokens(row[keep].tolist()) == words
+    width = tokens.shape[1] - config.sampling.max_completion_length
+    check = partial(check_mask, data.batch, prompt_width=width)
+    stops = setup.decoding.stop_token_ids
+    assert check(data.rollouts, stop_token_ids=stops).status == "ok"
+    # With an earlier stop token, the same rows are trained on past the end.
+    found = check(data.rollouts, stop_token_ids=(*stops, tokens[mask][0]))
+    assert found.status == "fault"
+    assert "the mask is 1 on a token that was not sampled" in found.message
 
 
 def test_a_teacher_of_another_vocabulary_writes_answers_that_end_as_the_students(tmp_path):

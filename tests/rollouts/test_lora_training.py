@@ -4,7 +4,9 @@ and exports both forms.
 
 import dataclasses
 import json
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +28,9 @@ from tiny_runs import (
 from opdjax.cli.export import export_step
 from opdjax.config import MINI_PAIR, LoraConfig, MeshConfig, ModelConfig, SamplingConfig
 from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.models.hf_export import export_student
+from opdjax.models.lora import combine
+from opdjax.rollouts.setup import load_student, prepare
 from opdjax.train import train
 
 LORA = dataclasses.replace(
@@ -104,6 +109,47 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(straight, tmp_path):
     assert_same_run(straight[0], tmp_path / "run")
     name = "student_adapter/adapter_model.safetensors"
     assert (straight[0] / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_a_run_continues_the_adapter_of_its_student(straight, tmp_path):
+    """It starts from the stored matrices, not from their merged product, and exports them again as
+    an adapter of the same base.
+    """
+    workdir, _ = straight
+    source = dataclasses.replace(LORA, student=ModelConfig(str(workdir / "student_adapter")))
+    adapters, frozen = load_student(prepare(source))
+    stored = load_file(workdir / "student_adapter" / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
+    np.testing.assert_array_equal(adapters["layers"]["v_lora_a"][1], stored[name])
+    assert_equal_trees(frozen, load_params(open_checkpoint(LORA.student.path), "float32"))
+    config = vary(source, train={"num_steps": 1})
+    train(config, tmp_path / "run")
+    written = tmp_path / "run" / "student_adapter"
+    base = json.loads((written / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(MINI_PAIR / "student")
+    assert np.abs(load_file(written / "adapter_model.safetensors")[name] - stored[name]).max() > 0
+    merged = load_params(open_checkpoint(written), "float32")
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-6), merged, final_weights(written.parent)
+    )
+    out = export_step(tmp_path / "run", "latest", tmp_path / "out", None)
+    assert_equal_trees(load_params(open_checkpoint(out), "float32"), final_weights(written.parent))
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=2)])
+def test_an_adapter_is_merged_where_lora_is_set_otherwise(lora, straight, tmp_path, capsys):
+    workdir, _ = straight
+    config = dataclasses.replace(
+        LORA, student=ModelConfig(str(workdir / "student_adapter")), lora=lora
+    )
+    setup = prepare(config)
+    trained, frozen = load_student(setup)
+    assert "is merged into its base: lora is set otherwise" in capsys.readouterr().out
+    found = trained if frozen is None else frozen
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found, final_weights(workdir))
+    weights = combine(frozen, trained)
+    export_student(weights, setup.student, lora, config.student, tmp_path / "out", None)
+    assert not (tmp_path / "out_adapter").exists()
 
 
 @pytest.mark.long

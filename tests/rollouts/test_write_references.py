@@ -40,7 +40,7 @@ from opdjax.rollouts.setup import prepare
 from opdjax.rollouts.write_references import teach
 from opdjax.runs.object_store import RemoteError
 from opdjax.runs.workdir import WorkdirError, locked, read_lines
-from opdjax.train import train
+from opdjax.train import _prepared, train
 
 PROBLEMS = arithmetic.problems("train")[:16]
 KEY = "sk-planted-0123456789"
@@ -305,6 +305,30 @@ def test_a_run_learns_from_the_index(straight, tmp_path):
         prepare(taught("references", data=data))
 
 
+def test_training_first_writes_the_references_that_are_missing(straight, tmp_path, capsys):
+    path = tmp_path / "answers.jsonl"
+    config = taught("references", data=vars(lesson(path).data), teach=vars(lesson(path).teach))
+    lines = straight[0].read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-2]))  # as of an interrupted command
+    setup = _prepared(config)
+    assert f"@mini_teacher writes the missing answers of {path}" in capsys.readouterr().out
+    index = read_index(path)
+    assert index.answers == read_index(straight[0]).answers
+    assert all(row.references == index.usable(row.prompt) for row in setup.prompts.prompts)
+    # A model behind an API may cost money.
+    path.unlink()
+    api = dataclasses.replace(config, teach=TeachConfig(model="big", base_url="http://host:1/v1"))
+    with pytest.raises(ReferenceMissError, match=r"does not exist.* with --teach\.auto"):
+        _prepared(api)
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opdjax.train.write_references", asked.append)
+        auto = dataclasses.replace(api, teach=dataclasses.replace(api.teach, auto=True))
+        with pytest.raises(ReferenceMissError):
+            _prepared(auto)
+    assert asked == [auto]
+
+
 def test_the_teacher_can_be_shown_what_another_answered(straight):
     data = vars(lesson(straight[0]).data) | {
         "teacher_prompt_format": "{prompt}{reference}",
@@ -340,8 +364,7 @@ def test_the_verb(tmp_path, monkeypatch, capsys):
     path = tmp_path / "answers.jsonl"
     assert opdjax()[::2] == (
         2,
-        "opdjax: ConfigError: data.references is None; expected the file that the answers are "
-        "written to\n",
+        "opdjax: data.references is None; expected the file that the answers are written to\n",
     )
     code, out, _ = opdjax("--data.references", path, "--teach.max-completion-length", 24)
     assert code == 0

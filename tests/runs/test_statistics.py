@@ -81,6 +81,13 @@ def test_interval_of_one_prompt_is_unknown():
     assert mean_and_interval(np.array([0.75])) == (0.75, math.inf)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_interval_of_a_share_that_is_0_or_1_is_not_0(share):
+    assert mean_and_interval(np.full(64, share)) == (share, 3 / 64)
+    assert mean_and_interval(np.full(2, share)) == (share, 1.0)
+    assert paired_difference(np.full(64, share), np.full(64, share)) == (0.0, 3 / 64)
+
+
 def test_the_interval_covers_the_truth_in_about_19_of_20_samples():
     rng = np.random.default_rng(0)
     hits = 0

@@ -11,6 +11,7 @@ import pytest
 from opdjax.config import (
     Config,
     EstimatorConfig,
+    EvaluationConfig,
     MeshConfig,
     ModelConfig,
     SamplingConfig,
@@ -118,11 +119,42 @@ def test_another_config_is_refused_with_what_differs(tmp_path):
     message, *lines = str(error.value).split("\n  ")
     assert (
         message
-        == f"{tmp_path} holds a run of another config; choose another --workdir or undo (there -> "
-        f"now):"
+        == f"{tmp_path} holds a run of another config; choose another --workdir, with --from "
+        f"{tmp_path} to go on from this run, or undo (there -> now):"
     )
     assert lines == ["config.sampling.num_generations: 1 -> 2", "config.train.num_steps: 100 -> 7"]
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_another_evaluation_is_recorded_unless_its_grader_gives_rewards(tmp_path, capsys):
+    claim(tmp_path, Config(), FACTS)
+    append_lines(tmp_path / "eval.jsonl", [{"step": 0}])
+    for number, every in enumerate((5, 0), 1):
+        claim(tmp_path, Config(evaluation=EvaluationConfig(every=every)), FACTS)
+        assert read_config(tmp_path).evaluation.every == every
+        changes = json.loads((tmp_path / "config.json").read_text())["evaluation_changes"]
+        assert changes[number - 1] == [f"evaluation.every: {5 - every} -> {every}"]
+    assert read_lines(tmp_path / "eval.jsonl") == [{"step": 0}]  # the same scores
+
+    facts = FACTS | {"data": FACTS["data"] | {"evaluation": "d2"}}
+    claim(tmp_path, Config(evaluation=EvaluationConfig(grader="exact", num_prompts=3)), facts)
+    assert read_lines(tmp_path / "eval.jsonl") == []
+    assert read_lines(tmp_path / "eval-3.jsonl") == [{"step": 0}]
+    assert json.loads((tmp_path / "config.json").read_text())["data"] == facts["data"]
+    with pytest.raises(WorkdirError, match="data.evaluation: 'd2' -> 'd3'"):
+        claim(
+            tmp_path, read_config(tmp_path), FACTS | {"data": facts["data"] | {"evaluation": "d3"}}
+        )
+
+    with pytest.raises(WorkdirError, match="evaluation.num_prompts: 3 -> 512"):
+        claim(tmp_path, Config(), facts, is_learner=False)
+
+    rewarded = Config(estimator=EstimatorConfig("grpo"), sampling=SamplingConfig(num_generations=2))
+    (tmp_path / "rewarded").mkdir()
+    claim(tmp_path / "rewarded", rewarded, FACTS)
+    changed = dataclasses.replace(rewarded, evaluation=EvaluationConfig(grader="exact"))
+    with pytest.raises(WorkdirError, match="evaluation.grader: 'gsm8k' -> 'exact'"):
+        claim(tmp_path / "rewarded", changed, FACTS)
 
 
 def test_other_data_are_refused_too(tmp_path):

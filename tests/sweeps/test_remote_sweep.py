@@ -62,7 +62,7 @@ def test_points_run_there_and_leave_everything_there(monkeypatch, tmp_path):
     assert failure["log_tail"][-1] == "told to fail"
     assert b"told to fail" in folder.read("student.path=nowhere/log.txt")
     assert [row["event"] for row in attempts("seed=0")] == ["start", "end"]
-    assert any(line.startswith("done   seed=0  avg@k ") for line in logged)
+    assert any(line.startswith("done   seed=0  avg@2 ") for line in logged)
     assert run_sweep(made, URL, log=logged.append)["done"] == 1  # from what lies there alone
     assert len(attempts("seed=0")) == 2
     logged.clear()

@@ -76,7 +76,7 @@ def test_points_run_and_a_failure_is_kept_with_its_reason(swept):
     assert any(
         line.startswith("FAILED student.path=nowhere: opdjax: CheckpointError") for line in logged
     )
-    assert any(line.startswith("done   seed=0  avg@k ") for line in logged)
+    assert any(line.startswith("done   seed=0  avg@2 ") for line in logged)
     assert {p.id: p.status for p in read_points(directory)} == {
         "seed=0": "done",
         "seed=1": "done",
@@ -129,7 +129,7 @@ def test_the_status_tells_of_runners_elsewhere(swept, capsys):
         assert state() == ["done", "done", "failed"]
     watch(made, directory, 60.0)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["point", "state", "host", "step", "last", "seen", "avg@k"]
+    assert lines[0].split() == ["point", "state", "host", "step", "last", "seen", "avg@2"]
     assert lines[1].split()[:2] == ["seed=0", "done"]
     assert lines[-1].startswith("2 done, 1 failed of 3; 2 done in the last ")
 

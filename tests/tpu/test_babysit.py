@@ -44,7 +44,7 @@ class Cloud:
         )
         gcloud, opdjax = directory / "bin" / "gcloud", directory / "opdjax"
         gcloud.write_text(
-            f'#!/usr/bin/env bash\nexec {sys.executable} {HERE / "fake_gcloud.py"} "$@"\n'
+            f'#!/usr/bin/env bash\nexec {sys.executable} -I -S {HERE / "fake_gcloud.py"} "$@"\n'
         )
         opdjax.write_text(OPDJAX)
         for file in (gcloud, opdjax):
@@ -170,10 +170,10 @@ def test_it_gives_up_on_a_run_that_is_wrong(tmp_path, status):
 
 def test_it_gives_up_on_slices_that_do_not_last(tmp_path):
     short = Cloud(tmp_path, taken_away_at=[4] * 9)
-    told = short.babysit(MAX_SLICES="3")
+    told = short.babysit(MAX_SLICES="2")
     assert told.returncode == 1
-    assert "3 slices were preempted or failed (MAX_SLICES)" in told.stdout
-    assert short.state["slices"] == 3
+    assert "2 slices were preempted or failed (MAX_SLICES)" in told.stdout
+    assert short.state["slices"] == 2
     assert short.state["name"] is None
 
 

@@ -94,12 +94,13 @@ def audit(
 
 def _prepare(config: Config, settings: AuditConfig) -> Setup:
     """Set up models and data for the recipe that needs most: teacher weights, one vocabulary."""
-    length, stops = config.sampling.max_completion_length, config.sampling.stop_token_ids
+    names = ("max_completion_length", "stop_token_ids", "stop_strings")
+    kept = {name: getattr(config.sampling, name) for name in names}
     one_batch = {"prompts_per_step": settings.num_prompts, "gradient_accumulation_steps": 1}
     changed = dataclasses.replace(
         config,
         estimator=EstimatorConfig(WITH_BASELINE),
-        sampling=SamplingConfig(max_completion_length=length, stop_token_ids=stops),
+        sampling=SamplingConfig(**kept),
         train=dataclasses.replace(config.train, **one_batch),
         evaluation=dataclasses.replace(config.evaluation, source=None),
         mesh=MeshConfig(1),

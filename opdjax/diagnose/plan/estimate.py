@@ -168,7 +168,8 @@ def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
     flops = (products + repeats) * _layer_flops(student, tokens, columns)
     flops += products * _head_flops(student, completions)
     flops += _head_flops(scoring, completions) * (workload.needs == "vocabulary")
-    state = bytes_of(workload.trained("float32", WEIGHT_AXES)) + _optimizer_bytes(workload)
+    trained = bytes_of(workload.trained("float32", WEIGHT_AXES))
+    state = (1 + workload.has_average) * trained + _optimizer_bytes(workload)
     work["update"] = flops, 2 * state + (2 + repeats) * parts * weights_of(student)
     return work
 
@@ -178,7 +179,8 @@ def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
 
 def _permanent(workload: Workload) -> list[Item]:
     """Count what is held during the whole step."""
-    is_own, needs_head = workload.config.teacher_is_student, workload.needs == "vocabulary"
+    needs_head, has_average = workload.needs == "vocabulary", workload.has_average
+    is_own = workload.config.teacher_is_student and not has_average
     head = "embedding" if workload.scoring_model.ties_embeddings else "head"
     trained, published = bytes_of(workload.trained("float32", WEIGHT_AXES)), workload.published
     head_bytes = bytes_of(published[head]) if is_own and needs_head else 0
@@ -191,7 +193,9 @@ def _permanent(workload: Workload) -> list[Item]:
         Item("published copy, its head", head_bytes, PHASES, readers + _UPDATE),
         Item("published copy of the student", bytes_of(published) - head_bytes, PHASES, readers),
     ]
-    if workload.teacher is not None:
+    if has_average:
+        items.append(Item("moving average of the student", trained, PHASES, _UPDATE))
+    if workload.teacher is not None or has_average:
         role = "reference" if workload.has_reference else "teacher"
         head_bytes = bytes_of(workload.scoring[head]) if needs_head else 0
         readers = _SAMPLER * (workload.writer == "teacher") + ("teacher",)
@@ -205,7 +209,8 @@ def _permanent(workload: Workload) -> list[Item]:
 
 def _optimizer_bytes(workload: Workload) -> int:
     """Return the bytes of the optimizer's arrays: two moments of AdamW, fewer or more of others."""
-    optimizer = make_optimizer(workload.config.optimizer, num_steps=1)
+    alone = dataclasses.replace(workload.config.optimizer, teacher_ema_decay=0.0)
+    optimizer = make_optimizer(alone, num_steps=1)
     state = jax.eval_shape(optimizer.init, workload.trained("float32", WEIGHT_AXES))
     state = abstract_like(state, shardings_of(state, workload.layout, WEIGHT_AXES))
     return bytes_of([leaf for leaf in jax.tree.leaves(state) if leaf.ndim])

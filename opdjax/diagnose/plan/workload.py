@@ -69,6 +69,11 @@ class Workload:
         return bool(self.config.estimator.reference_kl_coef)
 
     @property
+    def has_average(self) -> bool:
+        """Whether the teacher is a moving average of the student."""
+        return self.config.optimizer.teacher_ema_decay > 0
+
+    @property
     def scoring_model(self) -> DecoderConfig:
         """The model that scores: the teacher, or the student if it is its own."""
         return self.teacher or self.student
@@ -186,6 +191,7 @@ def read_workload(config: Config, topology: Topology) -> Workload:
     elif needs_teacher(config) and not config.teacher_is_student:
         teacher, split = shape_of(config.teacher, "teacher"), WEIGHT_AXES
     writer = {"student": "student", "references": "none"}.get(sampling.completions_from)
+    writer = "student" if writer == "none" and sampling.student_samples else writer
     columns = padded_width(config.data.max_prompt_length)
     rows = config.rows_per_step // row_shards
     return Workload(

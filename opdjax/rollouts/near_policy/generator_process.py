@@ -86,7 +86,8 @@ def _locked_store(workdir: pathlib.Path, config: Config | None) -> Iterator[Roll
             mesh = MeshConfig(tensor=mesh.tensor)
         setup = prepare(dataclasses.replace(given, mesh=mesh))
         if config is not None:
-            claim(workdir, config, facts(setup))
+            config = dataclasses.replace(config, train=setup.config.train)
+            claim(workdir, config, facts(setup), is_learner=False)
         yield RolloutStore(setup, workdir)
         mirror.upload()
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from opdjax.config import Config
-from opdjax.data.chat import assistant_header
+from opdjax.data.chat import as_messages, assistant_header, text_of
 from opdjax.data.packing import (
     answer_rows,
     first_fit_decreasing,
@@ -159,7 +159,7 @@ def select(
 
     def texts_of(i: int) -> tuple[str, str]:
         prompt = setup.prompts.prompts[measured["prompt_id"][i]].prompt
-        return prompt if isinstance(prompt, str) else prompt[-1]["content"], texts[i]
+        return text_of(as_messages(prompt)[-1]), texts[i]
 
     facts = {"version": version, "number": number, "filter": config.filter}
     facts |= {"form": ifd.FORM, "ifd_min": low, "ifd_max": high}

@@ -198,8 +198,10 @@ def test_the_states_of_other_optimizers(run_of):
     ("estimator", "optimizer"),
     [
         (EstimatorConfig("vopd"), "adamw"),
-        (EstimatorConfig("npd"), "adamw"),
-        (EstimatorConfig("grpo", reference_kl_coef=0.1), "adamw"),
+        pytest.param(EstimatorConfig("npd"), "adamw", marks=pytest.mark.long),
+        pytest.param(
+            EstimatorConfig("grpo", reference_kl_coef=0.1), "adamw", marks=pytest.mark.long
+        ),
         pytest.param(EstimatorConfig("opd"), "muon", marks=pytest.mark.long),
     ],
     ids=lambda x: getattr(x, "recipe", x),

@@ -24,8 +24,9 @@ from opdjax.config.rubrics import RubricsConfig
 from opdjax.judge.background import open_background_judge
 from opdjax.judge.judgement import group_of, judge_group
 from opdjax.judge.replies import Reply
+from opdjax.judge.reply_object import ReplyError
 from opdjax.judge.rule_based.rules import reply_to
-from opdjax.judge.schema import ReplyError, parse_rubric, parse_verdicts
+from opdjax.judge.schema import parse_rubric, parse_verdicts
 from opdjax.judge.structured_output import Judge
 
 QUESTION, RIGHT, WRONG = "34-17+25=", "34-17=17;17+25=42#42", "34-17=18;18+25=43#43"
@@ -284,7 +285,7 @@ def test_readers_put_right_what_can_be_put_right(start_judge):
         except ReplyError as error:
             read[fault] = error.kind
     assert read == {
-        "truncated": "schema_error",
+        "truncated": "parse_error",
         "empty": "empty",
         "bad_weight": "schema_error",
         "prose": (("prose",), 0),
@@ -292,7 +293,7 @@ def test_readers_put_right_what_can_be_put_right(start_judge):
         "lying_total": (("unknown_keys",), 0),
         "reordered": ((), 0),
         "missing_verdict": ((), 1),
-        "missing_answer": ((), 1),
+        "missing_answer": "answer_index",
     }
 
 
@@ -352,7 +353,13 @@ def test_faults_do_not_change_what_answers_are_worth(start_judge, tmp_path, monk
     # 5 the value, 2 and 4 the steps, 2 that the value follows, 1 the form.
     assert {one.scores for one in found} == {(1.0, 3 / 14, 5 / 14, 0.0)}
     problems = sum((one.tally.problems for one in found), collections.Counter())
-    assert problems.keys() == {"truncated", "empty", "schema_error", "missing_answer"}
+    assert problems.keys() == {
+        "truncated",
+        "empty",
+        "schema_error",
+        "answer_index",
+        "missing_answer",
+    }
     assert set(told["faults"]) == {"rate_limit", "server_error", "timeout", *CONTENT_FAULTS}
     assert usage["api/verifier/retries"] > 0
 

@@ -3,8 +3,10 @@ a judge served over HTTP.
 """
 
 import dataclasses
+import http.server
 import json
 import os
+import threading
 
 import jax
 import numpy as np
@@ -39,6 +41,8 @@ from opdjax.rollouts.source import SourceStoppedError
 from opdjax.runs.workdir import read_lines
 from opdjax.train import train
 from opdjax.types import Rollouts, TrainBatch
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 STAGES = RubricsConfig(stages=("first step", "second step=;", "answer=#"))
 NOWHERE = "http://127.0.0.1:9/v1"  # no server listens
@@ -191,6 +195,52 @@ def test_a_spending_cap_stops_the_run_which_goes_on_when_it_is_raised(
     assert weights(tmp_path) == weights(straight)
 
 
+@pytest.fixture
+def refusing_server():
+    """The address of a server that, as those of reasoning models do, refuses max_tokens."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = "max_tokens is not supported, use max_completion_tokens"
+            text = text if "max_tokens" in body else "The prompt is too long"
+            content = json.dumps({"error": {"message": text}}).encode()
+            self.send_response(400)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        log_message = lambda *_: None
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("field", "quoted"),
+    [
+        (
+            "auto",
+            "max_tokens is not supported, use max_completion_tokens; set api.max_tokens_field to "
+            "max_completion_tokens",
+        ),
+        ("max_completion_tokens", "The prompt is too long"),
+    ],
+)
+def test_a_server_that_refuses_is_quoted_in_train_and_doctor_alike(
+    refusing_server, tmp_path, field, quoted
+):
+    refused = asked_at(config(NOWHERE), refusing_server, max_tokens_field=field)
+    with pytest.raises(SourceStoppedError) as stopped:
+        train(refused, tmp_path)
+    (finding,) = run_checks(refused, only=["judge"])
+    assert finding.status == "fault"
+    for text in (str(stopped.value), finding.message):
+        assert f"status 400: {quoted}" in text
+
+
 def test_a_reply_that_is_missing_offline_is_named(judge_server, tmp_path):
     with pytest.raises(
         SourceStoppedError,
@@ -276,24 +326,11 @@ def test_a_run_that_is_stopped_and_continued_ends_as_one_that_is_not(
     assert all(kept) == (rubrics.refresh == "evolving")
 
 
-def test_a_teacher_that_is_told_the_verdicts(judge_server, tmp_path):
-    told_format = "{prompt} {verdicts}\n{reflection}"
-    base = config(
-        judge_server,
-        teacher=ModelConfig("@student"),
-        estimator=EstimatorConfig("full_kl", divergence="jsd", beta=0.5),
-        data=DataConfig(
-            source="arithmetic:train[:64]", max_prompt_length=32, teacher_prompt_format=told_format
-        ),
-        train=TrainConfig(num_steps=2, prompts_per_step=4),
-    )
-    train(base, tmp_path)
-    assert all(row > 0 for row in column(tmp_path, "kl/student_teacher"))
-    assert all(row["reflections"] for row in read_lines(tmp_path / "rubrics.jsonl"))
-
-
 @pytest.mark.parametrize("refresh", ["given", pytest.param("evolving", marks=pytest.mark.long)])
-def test_a_prompt_s_own_criteria_are_in_every_rubric_of_it(judge_server, tmp_path, refresh):
+def test_a_teacher_that_is_told_the_verdicts_on_a_prompt_s_own_criteria(
+    judge_server, tmp_path, refresh
+):
+    """The criteria are in every rubric of the prompt."""
     rows = [
         {
             "prompt": problem.prompt,
@@ -304,17 +341,26 @@ def test_a_prompt_s_own_criteria_are_in_every_rubric_of_it(judge_server, tmp_pat
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(
-        source=str(tmp_path / "rows.jsonl"), max_prompt_length=32, columns=("rubric=rubric",)
+        source=str(tmp_path / "rows.jsonl"),
+        max_prompt_length=32,
+        columns=("rubric=rubric",),
+        teacher_prompt_format="{prompt} {verdicts}\n{reflection}",
     )
     base = config(
         judge_server,
+        teacher=ModelConfig("@student"),
+        estimator=EstimatorConfig("full_kl", divergence="jsd", beta=0.5),
         data=data,
         rubrics=RubricsConfig(refresh=refresh, num_criteria=(1, 5)),
+        train=TrainConfig(num_steps=2, prompts_per_step=4),
     )
-    if refresh == "given":
-        base = dataclasses.replace(base, rubricator=JudgeConfig())
+    if refresh == "given":  # without reflections nobody is needed who writes rubrics
+        data = dataclasses.replace(data, teacher_prompt_format="{prompt} {verdicts}")
+        prepare(dataclasses.replace(base, data=data, rubricator=JudgeConfig()))
     train(base, tmp_path / "run")
+    assert all(row > 0 for row in column(tmp_path / "run", "kl/student_teacher"))
     for row in read_lines(tmp_path / "run" / "rubrics.jsonl"):
+        assert row["reflections"]
         own = [criterion for criterion in row["rubric"] if criterion["is_given"]]
         assert [criterion["weight"] for criterion in own] == [1, 3]
         assert (len(row["rubric"]) == 2) == (refresh == "given")

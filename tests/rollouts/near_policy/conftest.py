@@ -14,17 +14,19 @@ def small_shards():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _shared(shared_programs):
+    """The runs of a file share what they trace."""
+
+
 @pytest.fixture(scope="session")
-def ahead(tmp_path_factory):
+def ahead(once):
     """Rollouts drawn two updates ahead, filtered and packed."""
-    workdir = tmp_path_factory.mktemp("ahead") / "run"
-    train(near(LAG | FILTERED, train={"pack_length": 60}), workdir)
-    return workdir
+    config = near(LAG | FILTERED, train={"pack_length": 60})
+    return once("ahead", lambda directory: train(config, directory / "run")) / "run"
 
 
 @pytest.fixture(scope="session")
-def refreshed(tmp_path_factory):
+def refreshed(once):
     """Two epochs, rollouts drawn anew before each."""
-    workdir = tmp_path_factory.mktemp("refreshed") / "run"
-    train(near(REFRESH), workdir)
-    return workdir
+    return once("refreshed", lambda directory: train(near(REFRESH), directory / "run")) / "run"

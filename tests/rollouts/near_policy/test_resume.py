@@ -25,6 +25,7 @@ from tiny_runs import environment, save
 import opdjax.rollouts.near_policy.continuous
 import opdjax.rollouts.near_policy.refresh
 from opdjax.rollouts.near_policy import shards, stages
+from opdjax.rollouts.near_policy.generator_process import annotate_all, generate_for
 from opdjax.rollouts.near_policy.shards import ShardError
 from opdjax.runs.workdir import append_lines, read_lines
 from opdjax.train import train
@@ -76,19 +77,30 @@ MOMENTS = {
     "moment",
     ["thread, drawing", *(pytest.param(m, marks=pytest.mark.long) for m in list(MOMENTS)[1:])],
 )
-def test_an_interrupted_run_ends_like_an_undisturbed_one(
-    moment, ahead, refreshed, tmp_path, monkeypatch
-):
+def test_an_interrupted_run_ends_like_an_undisturbed_one(moment, request, tmp_path, monkeypatch):
     """A thread also generates what the learner itself would have."""
     config, where, name, count = MOMENTS[moment]
     workdir = killed(config, tmp_path / "run", monkeypatch, where, name, count)
     train(config, workdir)
-    undisturbed = refreshed if config is ANEW else ahead
+    undisturbed = request.getfixturevalue("refreshed" if config is ANEW else "ahead")
     assert_same_steps(undisturbed, workdir)
     assert shard_names(undisturbed) == shard_names(workdir)
 
 
+def test_what_was_drawn_and_annotated_ahead_of_a_run_is_what_it_would_have_stored(
+    drawn, refreshed, tmp_path
+):
+    workdir = shutil.copytree(drawn, tmp_path / "run")
+    wanted = [path for path in shard_names(refreshed) if "/00000000/" in path]
+    assert shard_names(workdir) == wanted
+    shard(workdir, "annotations", 0, 0).unlink()
+    assert annotate_all(workdir) == 1
+    assert annotate_all(workdir) == 0
+    assert shard_names(workdir) == wanted
+
+
 def test_a_refreshed_run_continues_within_its_epoch(halfway_refreshed, refreshed, tmp_path):
+    """Its first epoch was drawn before it started."""
     workdir = shutil.copytree(halfway_refreshed, tmp_path / "run")
     train(ANEW, workdir)
     assert_same_steps(refreshed, workdir)
@@ -115,9 +127,20 @@ def halfway_ahead(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def halfway_refreshed(tmp_path_factory):
-    """A refreshed run that was killed after five of six steps; its checkpoint is step 4."""
-    workdir = tmp_path_factory.mktemp("halfway") / "refresh"
+def drawn(tmp_path_factory):
+    """The rollouts of a first epoch, drawn and annotated without a run."""
+    workdir = tmp_path_factory.mktemp("drawn") / "run"
+    count = generate_for(workdir, ANEW)
+    assert count == len(shards.shard_paths(shards.version_directory(workdir, 0), "samples"))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def halfway_refreshed(drawn, tmp_path_factory):
+    """A refreshed run that was killed after five of six steps; its checkpoint is step 4, and its
+    first epoch was drawn before it started.
+    """
+    workdir = shutil.copytree(drawn, tmp_path_factory.mktemp("halfway") / "refresh")
     return killed(ANEW, workdir, pytest.MonkeyPatch(), AGAIN, "step_batch", 5)
 
 
@@ -155,12 +178,13 @@ def test_damaged_annotations_of_an_epoch_are_made_again(halfway_refreshed, refre
 @pytest.mark.parametrize(
     ("config", "version", "number", "damage", "message"),
     [
-        (
+        pytest.param(
             AHEAD,
             2,
             4,
             truncate,
             "samples-00000004.* is truncated.*weights of 2 updates.* are gone",
+            marks=pytest.mark.long,
         ),
         (ANEW, 3, 1, corrupt, "samples-00000001.* is corrupted"),
         pytest.param(
@@ -183,9 +207,10 @@ def test_damaged_annotations_of_an_epoch_are_made_again(halfway_refreshed, refre
     ids=["truncated", "refresh, corrupted", "deleted", "refresh, deleted"],
 )
 def test_samples_that_cannot_be_made_again_are_named(
-    config, version, number, damage, message, halfway_ahead, halfway_refreshed, tmp_path
+    config, version, number, damage, message, request, tmp_path
 ):
-    halfway = halfway_ahead if config is AHEAD else halfway_refreshed
+    name = "halfway_ahead" if config is AHEAD else "halfway_refreshed"
+    halfway = request.getfixturevalue(name)
     workdir = shutil.copytree(halfway, tmp_path / "run")
     damage(shard(workdir, "samples", version, number))
     with pytest.raises(ShardError, match=message):
