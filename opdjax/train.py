@@ -48,6 +48,7 @@ from opdjax.rollouts.rows import rollout_metrics, scored, token_counts
 from opdjax.rollouts.samples import sample_rows
 from opdjax.rollouts.setup import (
     Setup,
+    as_recorded,
     facts,
     initial_weights,
     load_student,
@@ -144,7 +145,7 @@ def _check_storage(config: Config, workdir: str | os.PathLike) -> None:
 
 def _open(mirror: WorkdirMirror, config: Config, setup: Setup, run_facts: dict[str, Any]) -> bool:
     """Claim the work directory; return whether it holds a finished run."""
-    claim(mirror.directory, config, run_facts)
+    claim(mirror.directory, as_recorded(config, setup), run_facts)
     for prompts in (setup.prompts, setup.evaluator.prompts if setup.evaluator else None):
         if prompts is not None and prompts.skipped:
             print(
