@@ -48,6 +48,7 @@ from opdjax.rollouts.rows import rollout_metrics, scored, token_counts
 from opdjax.rollouts.samples import sample_rows
 from opdjax.rollouts.setup import (
     Setup,
+    as_recorded,
     facts,
     initial_weights,
     load_student,
@@ -64,12 +65,7 @@ from opdjax.runs.checkpoint import Checkpointer
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer, require_trackers
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
 from opdjax.runs.object_store import is_remote, url_of
-from opdjax.runs.results import (
-    evaluations_since_best,
-    make_result,
-    read_result,
-    result_table,
-)
+from opdjax.runs.results import evaluations_since_best, make_result, read_result, result_table
 from opdjax.runs.workdir import (
     WorkdirError,
     append_lines,
@@ -149,7 +145,7 @@ def _check_storage(config: Config, workdir: str | os.PathLike) -> None:
 
 def _open(mirror: WorkdirMirror, config: Config, setup: Setup, run_facts: dict[str, Any]) -> bool:
     """Claim the work directory; return whether it holds a finished run."""
-    claim(mirror.directory, config, run_facts)
+    claim(mirror.directory, as_recorded(config, setup), run_facts)
     for prompts in (setup.prompts, setup.evaluator.prompts if setup.evaluator else None):
         if prompts is not None and prompts.skipped:
             print(
@@ -315,7 +311,8 @@ def _evaluate(
 ) -> dict[str, float] | None:
     """`evaluate` the student of a step, and send its scores to the trackers."""
     scores = evaluate(setup.evaluator, workdir, step, copy_weights)
-    on_process_zero(lambda: writer.send_scores(step, scores))
+    sent = {f"eval/{name}": value for name, value in (scores or {}).items()}
+    on_process_zero(lambda: writer.send(step, sent) if sent else None)
     return scores
 
 
@@ -373,11 +370,9 @@ def _finish(
         counts["skipped_prompts"] = setup.prompts.num_skipped
         result = make_result(config, mirror.directory, counts, out.name)
         if done < config.train.num_steps:
-            print(
-                f"stopped after step {done} of {config.train.num_steps}: "
-                f"{config.train.early_stopping_patience} evaluations without a better avg@k; the "
-                f"best checkpoint: opdjax export {mirror.name} --step best"
-            )
+            count = config.train.early_stopping_patience
+            reason = f"step {done}: {count} evaluations without a better avg@k"
+            print(f"stopped after {reason}; opdjax export {mirror.name} --step best has the best")
         if "eval_after" in result:
             print(result_table(result))
         write_json(mirror.directory / "result.json", result)

@@ -105,6 +105,11 @@ def prepare(config: Config) -> Setup:
     require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
     config = config.with_steps_over(len(prompts))
+    train = config.train
+    if train.first_step:
+        expected = f"at least {train.first_step}, the step of {train.start[0]} that it starts from"
+        is_reached = train.first_step <= train.num_steps
+        require(is_reached, "train.num_steps", train.num_steps, expected)
     require_room(config, prompts)
     if checkpoint is not None and config.teacher_is_student and prompts.teacher_ids is None:
         raise ConfigError(
@@ -131,6 +136,14 @@ def prepare(config: Config) -> Setup:
     return Setup(
         config, mesh, student, dtype, tokenizer, teacher, prompts, decoding, evaluator, reference
     )
+
+
+def as_recorded(config: Config, setup: Setup) -> Config:
+    """The config of a run for its config.json: with the step that it starts from, and with
+    train.num_epochs as it was given.
+    """
+    given = {name: getattr(config.train, name) for name in ("num_steps", "num_epochs")}
+    return dataclasses.replace(config, train=dataclasses.replace(setup.config.train, **given))
 
 
 def open_student(config: Config) -> Checkpoint:

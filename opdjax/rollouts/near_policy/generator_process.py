@@ -18,7 +18,7 @@ from opdjax.rollouts.near_policy.buffer import oldest_version, version_for
 from opdjax.rollouts.near_policy.refresh import version_of
 from opdjax.rollouts.near_policy.shards import ShardError
 from opdjax.rollouts.near_policy.store import POLL_SECONDS, RolloutStore
-from opdjax.rollouts.setup import facts, initial_weights, prepare
+from opdjax.rollouts.setup import as_recorded, facts, initial_weights, prepare
 from opdjax.runs.mirror import WorkdirMirror, open_workdir
 from opdjax.runs.object_store import is_remote
 from opdjax.runs.workdir import WorkdirError, claim, locked, read_config
@@ -86,8 +86,7 @@ def _locked_store(workdir: pathlib.Path, config: Config | None) -> Iterator[Roll
             mesh = MeshConfig(tensor=mesh.tensor)
         setup = prepare(dataclasses.replace(given, mesh=mesh))
         if config is not None:
-            config = dataclasses.replace(config, train=setup.config.train)
-            claim(workdir, config, facts(setup), is_learner=False)
+            claim(workdir, as_recorded(config, setup), facts(setup), is_learner=False)
         yield RolloutStore(setup, workdir)
         mirror.upload()
 
