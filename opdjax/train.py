@@ -6,6 +6,7 @@ ends with the same results as one that was not.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import os
 import pathlib
@@ -32,11 +33,11 @@ from opdjax.engine.update import (
     teacher_weights,
 )
 from opdjax.models.decoder import Params
-from opdjax.models.hf_export import export_student
 from opdjax.models.lora import combine
 from opdjax.ops.multihost import (
     InterruptedRunError,
     agreed,
+    from_process_zero,
     join,
     on_all,
     on_process_zero,
@@ -44,6 +45,7 @@ from opdjax.ops.multihost import (
 )
 from opdjax.ops.sharding import is_process_zero, shard_rows
 from opdjax.rollouts.checks import check_first_step, check_settings, enforce
+from opdjax.rollouts.export import export_student
 from opdjax.rollouts.rows import rollout_metrics, scored, token_counts
 from opdjax.rollouts.samples import sample_rows
 from opdjax.rollouts.setup import (
@@ -71,6 +73,7 @@ from opdjax.runs.workdir import (
     append_lines,
     claim,
     cut_lines,
+    first_day,
     locked,
     read_lines,
     write_json,
@@ -102,7 +105,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
             # This run is its own generator: no other one may write rollouts here.
             on_process_zero(lambda: resources.enter_context(locked(mirror.directory, "generator")))
         on_process_zero(lambda: require_trackers(config.log.trackers))
-        setup = on_all(lambda: _prepared(config))
+        today = _first_day(mirror.directory)
+        setup = on_all(lambda: _prepared(config, today))
         run_facts = on_all(lambda: facts(setup))
         is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, config, setup, run_facts))))
         if not is_finished:
@@ -112,12 +116,19 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
         return read_result(mirror.directory)
 
 
-def _prepared(config: Config) -> Setup:
+def _first_day(workdir: pathlib.Path) -> str:
+    """`first_day` of process zero, in every process: a run may begin at midnight."""
+    number = lambda: np.int32(datetime.date.fromisoformat(first_day(workdir)).toordinal())
+    found = from_process_zero(number, np.int32(0))
+    return datetime.date.fromordinal(int(found)).isoformat()
+
+
+def _prepared(config: Config, today: str) -> Setup:
     """What the run works with; reference answers that are missing are written first, unless the
     teacher is behind an API and `teach.auto` is not set, or there are several processes.
     """
     try:
-        return prepare(config)
+        return prepare(config, today)
     except ReferenceMissError as error:
         if config.teach.model and not config.teach.auto:
             raise ReferenceMissError(f"{error}, or let train do so with --teach.auto") from error
@@ -126,7 +137,7 @@ def _prepared(config: Config) -> Setup:
             raise
         print(f"{teacher} writes the missing answers of {config.data.references}", flush=True)
     write_references(config)
-    return prepare(config)
+    return prepare(config, today)
 
 
 def _check_storage(config: Config, workdir: str | os.PathLike) -> None:
@@ -378,7 +389,8 @@ def _finish(
         write_json(mirror.directory / "result.json", result)
 
     on_process_zero(clear)
-    on_all(lambda: export_student(params, setup.student, config.lora, config.student, out, dtype))
+    export = partial(export_student, params, setup.student, config, mirror.directory, out)
+    on_all(lambda: export(dtype, done))
     on_process_zero(write)
     on_process_zero(mirror.finish)
 

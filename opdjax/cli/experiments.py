@@ -31,7 +31,7 @@ def experiments(names: Positional[tuple[str, ...]] = ()):
         shutil.copyfile(source, target)
         print(f"wrote {target}")
     for path in () if names else sorted(BUILT_IN.rglob("*.py")):
-        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
         summary = " ".join(text.partition("\n\n")[0].split()).partition(". ")[0]
         print(f"@{_name_of(path):26}{summary.removesuffix('.')}")
 

@@ -1,11 +1,14 @@
 """Commands for one checkpoint."""
 
+import functools
 import pathlib
-from typing import Literal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from opdjax.cli.parsing import as_given, call, command
+from opdjax.cli.parsing import Reads, as_given, call, command
 from opdjax.cli.runs import store
 from opdjax.config import (
     Config,
@@ -19,7 +22,7 @@ from opdjax.config.validation import ConfigError
 from opdjax.runs.object_store import Folder, is_remote, open_output
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-_VIEW = ("prompt_format", "system_prompt", "format", "max_prompt_length")  # of the student
+_VIEW = ("prompt_format", "system_prompt", "format", "max_prompt_length", "date")  # of the student
 
 
 def sample(arguments: list[str]) -> None:
@@ -27,7 +30,41 @@ def sample(arguments: list[str]) -> None:
     if "--store" in arguments:
         store(arguments)
     else:
-        call(_print_completions, arguments, "opdjax sample", {DataConfig: _VIEW})
+        _call_as_its_run(_print_completions, arguments, "sample", {DataConfig: _VIEW}, ("data",))
+
+
+def evaluate(arguments: list[str]) -> None:
+    """MODEL [--evaluation.field VALUE …]: print the mean score of sampled answers."""
+    reads = {DataConfig: (*_VIEW, "columns", "skip_bad_rows")}
+    names = ("data", "evaluation", "dtype")
+    _call_as_its_run(_print_scores, arguments, "evaluate", reads, names)
+
+
+def _call_as_its_run(
+    function: Callable[..., None],
+    arguments: list[str],
+    command: str,
+    reads: Reads,
+    names: Sequence[str],
+) -> None:
+    """Call a function of a `model`; if a run exported the model, the defaults of the parameters
+    named are those of that run.
+    """
+
+    @functools.wraps(function)
+    def with_given(**given: Any) -> None:
+        from opdjax.rollouts.one_model import use_of
+
+        use = use_of(given["model"])
+        if use is None:
+            function(**given)
+            return
+        print(f"note: settings not given are those of {given['model']}'s run", file=sys.stderr)
+        found = {"data": use.data, "evaluation": use.evaluation, "dtype": use.train.dtype}
+        defaults = {name: found[name] for name in names}
+        call(functools.partial(function, **defaults), arguments, f"opdjax {command}", reads)
+
+    call(with_given, arguments, f"opdjax {command}", reads)
 
 
 def _print_completions(
@@ -49,7 +86,7 @@ def _print_completions(
         model: Checkpoint directory, work directory of a finished run, hub id, or @mini_student or
             @mini_teacher.
         prompts: Texts to complete.
-        data: How a prompt is rendered.
+        data: How a prompt is rendered; for a run's student, by default as in that run.
         num_generations: Completions per prompt.
         max_completion_length: Longest completion in tokens, including the stop token.
         temperature: Temperature of sampling; 0 is greedy.
@@ -76,8 +113,7 @@ def _print_completions(
             print(f"{prompt}\t{text}")
 
 
-@command("MODEL [--evaluation.field VALUE …]", {DataConfig: (*_VIEW, "columns", "skip_bad_rows")})
-def evaluate(
+def _print_scores(
     model: Positional[str],
     data: DataConfig = DataConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
@@ -86,6 +122,8 @@ def evaluate(
     output: pathlib.Path | None = None,
 ):
     """Print the mean score of sampled answers (avg@8), pass@8 and greedy accuracy.
+
+    For a run's student, the settings are by default those of that run.
 
     Args:
         model: Checkpoint directory, work directory of a finished run, hub id, or @mini_student or
@@ -146,6 +184,7 @@ def export(
     out: Positional[pathlib.Path],
     step: str = "latest",
     dtype: Literal["float32", "bfloat16"] | None = None,
+    push_to_hub: str | None = None,
 ):
     """Write a run's student as a Hugging Face checkpoint.
 
@@ -155,12 +194,18 @@ def export(
         workdir: Work directory of the run.
         out: New directory to write to.
         step: Step of a checkpoint, `latest`, or `best`, the one with the best sampled score.
-        dtype: Dtype of the weights; None is that of the checkpoint the run started from.
+        dtype: Dtype of the weights; None is that of the run's forward pass.
+        push_to_hub: OWNER/NAME of a model repository of the Hugging Face hub to upload it to; a new
+            one is private.
     """
-    from opdjax.cli.export import export_step
+    from opdjax.cli.export import export_step, push, require_token
 
+    if push_to_hub is not None:
+        require_token()
     if is_remote(out) and Folder(out).files():
         raise ConfigError(f"{as_given(out)} exists and is not empty; export into a new directory")
     with open_output(out) as directory:
         export_step(workdir, step, directory, dtype)
+        if push_to_hub is not None:
+            print(f"uploaded to {push(directory, push_to_hub)}")
     print(f"wrote {as_given(out)}")

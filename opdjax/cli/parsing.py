@@ -125,7 +125,7 @@ def load_experiment(file: str) -> Config:
         return load_config(file)
     path = local_copy(file)
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as the config of a run: {error}") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):

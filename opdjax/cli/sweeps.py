@@ -139,7 +139,7 @@ def table(
         print(text)
     else:
         with open_output(output) as file:
-            file.write_text(f"{text}\n")
+            file.write_text(f"{text}\n", "utf-8")
         print(f"wrote {as_given(output)}")
 
 

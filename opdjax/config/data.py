@@ -2,6 +2,7 @@
 library only.
 """
 
+import datetime
 import difflib
 import re
 from collections.abc import Mapping
@@ -64,12 +65,16 @@ class DataConfig(Section):
     # Skip rows that cannot be read or shown (broken JSON, an empty prompt), here and in
     # evaluation.source, and print their number. Otherwise the first one ends the command.
     skip_bad_rows: bool = False
+    # The day that is today for a chat template that reads the clock (strftime_now), YYYY-MM-DD.
+    # None: the day on which the run began, or the sweep it belongs to; it is recorded.
+    date: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
         expected = "a text that contains {prompt}"
         self.require("{prompt}" in self.prompt_format, "prompt_format", expected)
         self._check_teacher_prompt_format()
+        self._check_date()
         names = self.column_names
         self.require(self.references != "", "references", "the name of a file, or none")
         is_one = self.references is None or "reference" not in names
@@ -99,6 +104,14 @@ class DataConfig(Section):
     def teacher_template(self) -> tuple[Literal["chat", "raw"], bool | None]:
         """The same for the teacher."""
         return _TEMPLATES[self.teacher_format or self.format]
+
+    def _check_date(self):
+        is_day = self.date is None or re.fullmatch(r"\d{4}-\d\d-\d\d", self.date) is not None
+        try:
+            datetime.date.fromisoformat(self.date or "2000-01-01")
+        except ValueError:
+            is_day = False
+        self.require(is_day, "date", "a day such as 2026-11-30, or none")
 
     def _check_teacher_prompt_format(self):
         field = "data.teacher_prompt_format"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import datetime
 import itertools
 import json
 import operator
@@ -105,12 +106,14 @@ def render(
     system_prompt: str | None,
     enable_thinking: bool | None,
     tools: Sequence[dict[str, Any]] = (),
+    date: str | None = None,
 ) -> list[int]:
     """Token ids of a prompt.
 
     Format `chat` applies the tokenizer's template and opens the assistant's turn; `raw` encodes the
     bare text, without what the tokenizer puts behind it. `tools`: JSON schemas for the template.
-    Raises ValueError if the prompt does not fit the format, or the template does not read a part.
+    `date`: today, YYYY-MM-DD, for a template that reads the clock; None: the clock. Raises
+    ValueError if the prompt does not fit the format, or the template does not read a part.
     """
     if format == "raw":
         if tools or not isinstance(prompt, str):
@@ -129,7 +132,14 @@ def render(
     messages = as_messages(prompt)
     if system_prompt is not None:
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    return _template_ids(messages, tokenizer, enable_thinking, tools, add_generation_prompt=True)
+    return _template_ids(
+        messages, tokenizer, enable_thinking, tools, date, add_generation_prompt=True
+    )
+
+
+def reads_clock(tokenizer: Any) -> bool:
+    """Whether prompts change with the day on which they are rendered."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def assistant_header(tokenizer: Any, *, format: str, enable_thinking: bool | None) -> list[int]:
@@ -166,11 +176,14 @@ def _template_ids(
     tokenizer: Any,
     enable_thinking: bool | None,
     tools: Sequence[dict[str, Any]] = (),
+    date: str | None = None,
     *,
     add_generation_prompt: bool,
 ) -> list[int]:
     """Token ids of a conversation; ValueError, which names what the template does not read."""
+    today = datetime.date.fromisoformat(date) if date else datetime.date.today()
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    options |= {"strftime_now": today.strftime}
     options |= {"add_generation_prompt": add_generation_prompt, "tokenize": False}
     write = lambda messages, tools: tokenizer.apply_chat_template(
         messages, tools=list(tools) or None, **options

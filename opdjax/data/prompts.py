@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import re
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from opdjax.config import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig
-from opdjax.data.chat import Message, Messages, as_messages, render, text_of
+from opdjax.data.chat import Message, Messages, as_messages, reads_clock, render, text_of
 from opdjax.data.prompt_rows import Prompt, read_prompts, require_field
 from opdjax.data.references import read_index, references_of
 from opdjax.data.sources import ColumnMap, DataError
@@ -45,6 +46,15 @@ class PromptSet:
     def num_skipped(self) -> int:
         """Number of prompts that are left out."""
         return len(self.skipped)
+
+
+def dated(data: DataConfig, student: Any, teacher: Any, today: str | None = None) -> DataConfig:
+    """The data section with a date if one of these tokenizers' templates reads the clock."""
+    formats = (data.student_template[0], data.teacher_template[0])
+    read = [reads_clock(t) for t, f in zip((student, teacher), formats) if f == "chat"]
+    if data.date is not None or not any(read):
+        return data
+    return dataclasses.replace(data, date=today or datetime.date.today().isoformat())
 
 
 def load_rows(data: DataConfig, tokenizer: Any, stop_ids: Sequence[int] = ()) -> list[Prompt]:
@@ -115,7 +125,8 @@ def prompt_ids(
         prompt = _wrapped(row, data.prompt_format)
     try:
         options = {"system_prompt": data.system_prompt, "enable_thinking": thinking}
-        ids = render(prompt, tokenizer, format=format, tools=row.tools, **options)
+        options |= {"tools": row.tools, "date": data.date}
+        ids = render(prompt, tokenizer, format=format, **options)
     except ValueError as error:
         raise DataError(f"{place}: {error}") from error
     if not ids:

@@ -129,8 +129,10 @@ def _add(answers: dict[str, dict[int, ReferenceAnswer]], row: dict[str, Any], pl
         known[number] = ReferenceAnswer(draw["text"], draw["is_truncated"])
 
 
-def open_index(path: pathlib.Path, teacher: dict[str, Any]) -> ReferenceIndex:
-    """The index to append to: a new one, or one by the same teacher.
+def open_index(
+    path: pathlib.Path, teacher: dict[str, Any], may_differ: Sequence[str] = ()
+) -> ReferenceIndex:
+    """The index to append to: a new one, or one by the same teacher, but for `may_differ`.
 
     Raises ReferenceIndexError with the differences if another teacher wrote it.
     """
@@ -138,7 +140,10 @@ def open_index(path: pathlib.Path, teacher: dict[str, Any]) -> ReferenceIndex:
         path.parent.mkdir(parents=True, exist_ok=True)
         append_lines(path, [{"schema": _SCHEMA, "teacher": teacher}])
     found = read_index(path)
-    changed = differences(found.teacher, json.loads(json.dumps(teacher)))
+    described = (found.teacher, json.loads(json.dumps(teacher)))
+    changed = differences(
+        *({k: v for k, v in each.items() if k not in may_differ} for each in described)
+    )
     if changed:
         listed = "\n  ".join(changed)
         raise ReferenceIndexError(

@@ -195,6 +195,8 @@ def _compiled(template: str) -> jinja2.Template:
         value, ensure_ascii=ensure_ascii, **options
     )
     environment.globals["raise_exception"] = _raise
+    # What these write differs from call to call: a prompt is decided by files and seeds.
+    del environment.filters["random"], environment.globals["lipsum"]
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)
 

@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -25,12 +25,13 @@ from opdjax.models.hf import (
     tensor_places,
     tensor_shapes,
 )
-from opdjax.models.lora import continues, merged, without_adapters
+from opdjax.models.lora import merged, without_adapters
 from opdjax.ops.sharding import is_process_zero, to_host
 
 _COPIED = (
     "tokenizer*",
     "*.jinja",
+    "chat_template.json",
     "generation_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -41,13 +42,18 @@ _FILE_BYTES = 5 * 2**30
 
 
 def export(
-    params: Params, source: Checkpoint, out: str | os.PathLike, dtype: str | None = None
+    params: Params,
+    source: Checkpoint,
+    out: str | os.PathLike,
+    dtype: str | None = None,
+    complete: Callable[[pathlib.Path], None] | None = None,
 ) -> pathlib.Path:
     """Write `params` as a checkpoint with config, tokenizer, templates and generation config of
     `source`.
 
-    Adapters are merged into their kernels. `dtype` defaults to the source's. The directory appears
-    complete or not at all. CheckpointError if `out` is not new or `params` do not fit.
+    Adapters are merged into their kernels. `dtype` defaults to the source's. `complete` may change
+    the small files before the directory appears, complete or not at all. CheckpointError if `out`
+    is not new or `params` do not fit.
     """
     out, dtype = pathlib.Path(out), dtype or source.stored_dtype
     if dtype not in DTYPES:
@@ -67,17 +73,24 @@ def export(
                 generation = json.loads(file.read_text("utf-8")) if file.exists() else {}
                 generation["stop_strings"] = list(source.stop_strings)
                 file.write_text(json.dumps(generation, indent=2) + "\n")
+            if complete is not None:
+                complete(staging)
         _write_files(params, source, DTYPES[dtype], staging)
     return out
 
 
 def export_adapter(
-    params: Params, source: Checkpoint, lora: LoraConfig, student: ModelConfig, out: pathlib.Path
+    params: Params,
+    source: Checkpoint,
+    lora: LoraConfig,
+    student: ModelConfig,
+    out: pathlib.Path,
+    complete: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Write the adapters of `params` in float32 for PEFT: `PeftModel.from_pretrained(model, out)`.
 
-    `student` names the base model, or an adapter of it that was trained further. The directory
-    appears complete or not at all.
+    `student` names the base model, or an adapter of it that was trained further. `complete`
+    may add files before the directory appears, complete or not at all.
     """
     name, revision = source.adapter.base if source.adapter else student.place
     names, tensors, is_built_in = source.family.layer_names, {}, name.startswith("@")
@@ -104,23 +117,8 @@ def export_adapter(
         if is_process_zero():
             (staging / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
             save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def export_student(
-    params: Params,
-    source: Checkpoint,
-    lora: LoraConfig,
-    student: ModelConfig,
-    out: pathlib.Path,
-    dtype: str | None,
-) -> pathlib.Path:
-    """Export the student to `out`, and its adapters, if it has any, to `OUT_adapter`; returns
-    `out`. Adapters of a base that another adapter was merged into are in `out` alone.
-    """
-    export(params, source, out, dtype)
-    if lora.rank and (source.adapter is None or continues(source, lora)):
-        export_adapter(params, source, lora, student, out.with_name(f"{out.name}_adapter"))
-    return out
+            if complete is not None:
+                complete(staging)
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def _facts(
         return "sweep", sweep_facts(read_points(directory), name, mark, paper)
     if (directory / "config.json").exists():
         file = directory / FAILURE
-        failure = json.loads(file.read_text()) if file.exists() else None
+        failure = json.loads(file.read_text("utf-8")) if file.exists() else None
         return "run", run_facts(read_run(directory), failure, mark)
     if (directory / AUDIT).exists():
         return "audit", _audit(directory)

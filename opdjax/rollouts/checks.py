@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 
 from opdjax.config import DataConfig
-from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, render
+from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, reads_clock, render
 from opdjax.data.prompts import PromptSet
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.evaluate import last_tokens
@@ -301,6 +301,10 @@ def check_chat_template(setup: Setup) -> Finding:
         if effect and (role == "student" or has_two_templates or formats[0] == "raw"):
             state = "the template's default" if flag is None else flag
             details.append(f"{role}, enable_thinking on -> off (here: {state}): {' '.join(effect)}")
+    for role, tokenizer, format in zip(("student", "teacher"), tokenizers, formats):
+        if format == "chat" and reads_clock(tokenizer):
+            found = f"the {role}'s chat template reads the clock"
+            details.append(f"{found}: its prompts are those of data.date, {data.date}")
     medium = "chat template" if formats[0] == "chat" else "plain text"
     otherwise = f"student and teacher read the same prompts, as the same {medium}"
     return finding("chat_template", problems, otherwise, details)

@@ -22,6 +22,7 @@ from opdjax.engine.scorer import score as score_batch
 from opdjax.models.decoder import RUN_FIELDS, Params, head_of, num_parameters
 from opdjax.models.hf import Checkpoint, load_params, open_checkpoint
 from opdjax.ops.vocab import TILE
+from opdjax.rollouts.export import recorded_use
 from opdjax.rollouts.setup import (
     compute_dtype,
     decoding_of,
@@ -43,6 +44,7 @@ class Model:
     checkpoint: Checkpoint
     params: Params
     tokenizer: Any
+    data: DataConfig = _DATA  # how the run that exported it rendered prompts
 
     @property
     def valid_vocab(self) -> int:
@@ -59,7 +61,13 @@ def load(path: str | os.PathLike, *, dtype: str = "auto") -> Model:
     """
     checkpoint = open_checkpoint(*ModelConfig(str(path)).place)
     params = load_params(checkpoint, compute_dtype(dtype))
-    return Model(checkpoint, params, load_tokenizer(checkpoint.path))
+    use = recorded_use(checkpoint)
+    return Model(checkpoint, params, load_tokenizer(checkpoint.path), use.data if use else _DATA)
+
+
+def use_of(path: str | os.PathLike) -> Config | None:
+    """How the run that exported a checkpoint used it; None if no run did (see `recorded_use`)."""
+    return recorded_use(open_checkpoint(*ModelConfig(str(path)).place))
 
 
 def sample(
@@ -73,14 +81,14 @@ def sample(
     top_k: int = 0,
     min_p: float = 0.0,
     seed: int = 0,
-    data: DataConfig = _DATA,
+    data: DataConfig | None = None,
 ) -> list[list[str]]:
     """`num_generations` completions of each prompt, as text without special tokens.
 
-    A prompt is a text or a list of messages and is rendered as `data` says. Temperature 0 is
-    greedy; top_p 1, top_k 0 and min_p 0 are off. A draw depends on the seed, the prompt's place and
-    the number of the completion, not on the other prompts. ConfigError on a value out of range and
-    on a prompt that is too long.
+    A prompt is a text or a list of messages and is rendered as `data` says (None: as in the run
+    that exported the model). Temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 are off. A draw
+    depends on the seed, the prompt's place and the number of the completion, not on the other
+    prompts. ConfigError on a value out of range and on a prompt that is too long.
     """
     # Validation only. A temperature of 0 is allowed here, but not in a run's rollouts.
     SamplingConfig(num_generations, max_completion_length, temperature or 1.0, top_p, top_k)
@@ -106,7 +114,7 @@ def score(
     prompts: Sequence[str | Messages],
     answers: Sequence[str],
     *,
-    data: DataConfig = _DATA,
+    data: DataConfig | None = None,
 ) -> list[np.ndarray]:
     """The log-probs of each answer's tokens after its prompt, nats, at temperature 1.
 
@@ -129,8 +137,9 @@ def score(
     return [row[mask] for row, mask in zip(np.asarray(scores.teacher_logprobs), rows.mask)]
 
 
-def _encoded(model: Model, prompts: Sequence[str | Messages], data: DataConfig) -> PromptSet:
+def _encoded(model: Model, prompts: Sequence[str | Messages], data: DataConfig | None) -> PromptSet:
     """ConfigError if there is no prompt, or one that is too long."""
+    data = model.data if data is None else data
     if not prompts:
         raise ConfigError("no prompt given; expected one or more")
     rows = [Prompt(prompt if isinstance(prompt, str) else tuple(prompt)) for prompt in prompts]

@@ -17,7 +17,7 @@ from opdjax.config.validation import ConfigError, MissingExtraError, require
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, valid_vocab
 from opdjax.data.grading import require_grader, require_readable
 from opdjax.data.prompt_rows import Prompt, first_of_each, read_prompts, require_field
-from opdjax.data.prompts import PromptSet, encode_prompts, load_rows
+from opdjax.data.prompts import PromptSet, dated, encode_prompts, load_rows
 from opdjax.data.sources import ColumnMap
 from opdjax.data.stop_strings import find_stop_strings
 from opdjax.data.tokenizer import load_tokenizer
@@ -71,9 +71,12 @@ class Setup:
     reference_policy: Teacher | None = None
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, today: str | None = None) -> Setup:
     """Read and check everything a run needs, before anything is computed. The config of the setup
     has train.num_steps instead of train.num_epochs.
+
+    `today`, YYYY-MM-DD (None: by the clock), becomes `data.date` where that is None and a chat
+    template reads the clock.
     """
     shape = config.mesh
     mesh = make_mesh(shape.data, shape.fsdp, shape.tensor, learner_devices(config))
@@ -101,6 +104,8 @@ def prepare(config: Config) -> Setup:
         if reads_scores(config):
             raise
         shares_vocabulary = False
+    data = dated(config.data, tokenizer, teacher_tokenizer, today)
+    config = dataclasses.replace(config, data=data)
     rows = load_rows(config.data, tokenizer, decoding.stop_token_ids)
     require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
@@ -139,11 +144,13 @@ def prepare(config: Config) -> Setup:
 
 
 def as_recorded(config: Config, setup: Setup) -> Config:
-    """The config of a run for its config.json: with the step that it starts from, and with
-    train.num_epochs as it was given.
+    """The config of a run as its work directory records it: with the step that it starts from and
+    its day, and with train.num_epochs as it was given.
     """
     given = {name: getattr(config.train, name) for name in ("num_steps", "num_epochs")}
-    return dataclasses.replace(config, train=dataclasses.replace(setup.config.train, **given))
+    train = dataclasses.replace(setup.config.train, **given)
+    data = dataclasses.replace(config.data, date=setup.config.data.date)
+    return dataclasses.replace(config, train=train, data=data)
 
 
 def open_student(config: Config) -> Checkpoint:

@@ -8,6 +8,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -34,7 +35,9 @@ class _Stored:
     """A work directory whose checkpoints are read."""
 
     name: str
+    directory: pathlib.Path  # with config.json and eval.jsonl
     config: Config
+    environment: dict[str, Any]  # of the run, as it recorded it
     student: str  # fingerprint of the student that it started from
     checkpointer: Checkpointer
 
@@ -67,17 +70,18 @@ class _Stored:
 def open_checkpoints(workdir: str | os.PathLike) -> Iterator[_Stored]:
     """The checkpoints of a run, to be read; WorkdirError if there is no run."""
     with contextlib.ExitStack() as stack:
-        wanted = lambda name: name == "config.json"
-        mirror = stack.enter_context(read_only_workdir(workdir, wanted))
+        wanted = {"config.json", "eval.jsonl"}
+        mirror = stack.enter_context(read_only_workdir(workdir, wanted.__contains__))
         saved, config = read_run_config(mirror.directory), read_config(mirror.directory)
         checkpointer = Checkpointer(mirror.checkpoints, keep=1, is_read_only=True)
         stack.callback(checkpointer.close)
-        yield _Stored(mirror.name, config, saved["data"].get("student"), checkpointer)
+        known = mirror.name, mirror.directory, config, saved["environment"]
+        yield _Stored(*known, saved["data"].get("student"), checkpointer)
 
 
 def with_start_step(config: Config, student: Checkpoint) -> Config:
-    """The config whose `train.start_from` names a step; ConfigError if the other run lacks it, or
-    trains another student or other adapters.
+    """The config whose `train.start_from` names a step, with the other run's day; ConfigError if
+    that run lacks the step, or trains another student or other adapters.
     """
     train = config.train
     if train.start_from is None:
@@ -94,7 +98,9 @@ def with_start_step(config: Config, student: Checkpoint) -> Config:
             "what opdjax export writes"
         )
     train = dataclasses.replace(train, start_from=f"{run}@{step}")
-    return dataclasses.replace(config, train=train)
+    # A template that reads the clock is shown the day of the run that this one goes on with.
+    data = dataclasses.replace(config.data, date=config.data.date or other.config.data.date)
+    return dataclasses.replace(config, train=train, data=data)
 
 
 def first_params(config: Config, student: Checkpoint, mesh: Mesh) -> Params | None:

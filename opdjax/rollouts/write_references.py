@@ -17,8 +17,9 @@ import numpy as np
 
 from opdjax.config import STUDENT, Config, TeachConfig
 from opdjax.config.validation import MissingExtraError, require
+from opdjax.data.chat import reads_clock
 from opdjax.data.prompt_rows import Prompt, read_prompts
-from opdjax.data.prompts import collate, encode_prompts, messages_of
+from opdjax.data.prompts import collate, dated, encode_prompts, messages_of
 from opdjax.data.references import (
     ReferenceAnswer,
     ReferenceIndex,
@@ -64,14 +65,14 @@ def teach(config: Config) -> dict[str, float]:
     or is being written; the client's errors. Earlier answers are kept in any case.
     """
     _check_settings(config)
-    tokenizer = load_tokenizer(open_student(config).path)
-    columns, skips = ColumnMap(**config.data.column_names), config.data.skip_bad_rows
-    rows = read_prompts(config.data.source, columns, skips_bad_rows=skips)
-    kept = encode_prompts(rows, student_view(config.data), tokenizer, tokenizer)
-    rows = list({key_of(row.with_tools): row for row in kept.prompts}.values())  # each prompt once
     open_answerer = _api_answerer if config.teach.model else _checkpoint_answerer
     with _locked_index(config.data.references) as (path, upload):
-        index = open_index(path, _identity(config))
+        may_differ = ("date",) if config.data.date is None else ()
+        index = open_index(path, _identity(config), may_differ)
+        # Prompts of a template that reads the clock are those of the day the index was begun.
+        data = dataclasses.replace(config.data, date=config.data.date or index.teacher.get("date"))
+        config = dataclasses.replace(config, data=data)
+        rows, num_left_out = _rows_to_answer(config)
         count, metrics = config.teach.num_answers, Counter()
         missing = [(row, index.missing(row.with_tools, count)) for row in rows]
         pending = [(row, numbers) for row, numbers in missing if numbers]
@@ -87,7 +88,16 @@ def teach(config: Config) -> dict[str, float]:
                     upload()
                     print(f"{start + len(batch)} of {len(pending)} prompts done", flush=True)
         counts = _counts(read_index(path), rows, count)
-        return counts | {"prompts left out for their length": kept.num_skipped} | metrics
+        return counts | {"prompts left out for their length": num_left_out} | metrics
+
+
+def _rows_to_answer(config: Config) -> tuple[list[Prompt], int]:
+    """Each prompt that a run would use, once, and the number of those that it leaves out."""
+    tokenizer = load_tokenizer(open_student(config).path)
+    columns, skips = ColumnMap(**config.data.column_names), config.data.skip_bad_rows
+    rows = read_prompts(config.data.source, columns, skips_bad_rows=skips)
+    kept = encode_prompts(rows, student_view(config.data), tokenizer, tokenizer)
+    return list({key_of(row.with_tools): row for row in kept.prompts}.values()), kept.num_skipped
 
 
 def _check_settings(config: Config) -> None:
@@ -143,6 +153,9 @@ def _identity(config: Config) -> dict[str, Any]:
         identity |= _distribution(config.teach) | {"seed": config.seed}
         identity |= {"max_completion_length": config.teach.max_completion_length}
         identity |= dict(zip(("format", "enable_thinking"), shown.student_template))
+        tokenizer = load_tokenizer(open_checkpoint(*config.teacher.place).path)
+        if (date := dated(shown, tokenizer, tokenizer).date) and reads_clock(tokenizer):
+            identity["date"] = date
     return identity | {"prompt_format": shown.prompt_format, "system_prompt": shown.system_prompt}
 
 

@@ -143,7 +143,9 @@ def read_only_workdir(
 
 def _download(folder: Folder, directory: pathlib.Path) -> None:
     is_finished = folder.tag(_RESULT) is not None
-    is_wanted = lambda name: not (re.match(_NOT_OF_THE_RUN, name) or (is_finished and "/" in name))
+    # A run reads the day on which its sweep began.
+    is_read = lambda name: name == "point.json" or not re.match(_NOT_OF_THE_RUN, name)
+    is_wanted = lambda name: is_read(name) and not (is_finished and "/" in name)
     folder.download(directory, is_wanted)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import json
 import os
@@ -105,6 +106,8 @@ def claim(
         return
     old = read_run_config(workdir)
     described = [{"config": upgrade(run["config"]), "data": {**run["data"]}} for run in (old, new)]
+    before, now = (run["config"]["data"] for run in described)
+    before["date"] = before["date"] or now["date"]  # unrecorded earlier: the digests tell
     execution = [_pop(run["config"], _EXECUTION_FIELDS) for run in described]
     evaluation = [run["config"].pop("evaluation") for run in described]
     changes = differences(*evaluation, "evaluation.")
@@ -151,6 +154,18 @@ def refuse_if(changed: list[str], message: str) -> None:
     """WorkdirError that lists the differences, if there are any."""
     if changed:
         raise WorkdirError("\n  ".join([f"{message}:", *changed]))
+
+
+def first_day(workdir: pathlib.Path) -> str:
+    """The day, YYYY-MM-DD, that is today for the chat templates of the run in a work directory: as
+    recorded by the run or by the sweep that it belongs to, else that of the clock.
+    """
+    found, point = None, workdir / "point.json"
+    if (workdir / "config.json").exists():
+        found = read_run_config(workdir)["config"].get("data", {}).get("date")
+    if found is None and point.exists():
+        found = read_json(point, "delete it, and the sweep writes it again").get("date")
+    return found or datetime.date.today().isoformat()
 
 
 def _pop(config: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

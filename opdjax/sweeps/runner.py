@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import pathlib
 import platform
@@ -188,7 +189,9 @@ def _is_open(directory: pathlib.Path, attempts: _Attempts) -> bool:
 
 
 def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
-    """Write point.json of every point, missing ones too; WorkdirError at another config."""
+    """Write point.json of every point, missing ones too, with the day on which the sweep began;
+    WorkdirError at another config.
+    """
     new = {}
     for point in points:
         file = sweep.path / point.id / POINT
@@ -201,10 +204,12 @@ def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
         advice = "choose another --workdir, where train.start_from goes on from a run of this one "
         advice += "(there -> now)"
         refuse_if(changed + lost_settings(stored), f"{other}; {advice}")
+    known = (read_point(file).get("date") for file in sorted(sweep.path.glob(f"*/{POINT}")))
+    date = min(filter(None, known), default=datetime.date.today().isoformat()) if new else None
     for file, point in new.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        config = to_dict(point.config)
-        write_json(file, {"id": point.id, "overrides": point.overrides, "config": config})
+        asked = {"overrides": point.overrides, "config": to_dict(point.config)}
+        write_json(file, {"id": point.id, "date": date, **asked})
     sweep.upload(*new)
 
 

@@ -159,7 +159,7 @@ def paper_named(name: str) -> PaperTable:
 def load(file: pathlib.Path) -> list[PaperTable]:
     """The tables of one paper. ConfigError with the file, the entry and what was expected."""
     try:
-        found = from_dict(_Paper, yaml.safe_load(file.read_text()), f"{file.name}: ")
+        found = from_dict(_Paper, yaml.safe_load(file.read_text("utf-8")), f"{file.name}: ")
     except yaml.YAMLError as error:
         raise ConfigError(f"{file.name}: {error}; expected YAML") from error
     made = []

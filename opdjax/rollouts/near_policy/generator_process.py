@@ -21,7 +21,7 @@ from opdjax.rollouts.near_policy.store import POLL_SECONDS, RolloutStore
 from opdjax.rollouts.setup import as_recorded, facts, initial_weights, prepare
 from opdjax.runs.mirror import WorkdirMirror, open_workdir
 from opdjax.runs.object_store import is_remote
-from opdjax.runs.workdir import WorkdirError, claim, locked, read_config
+from opdjax.runs.workdir import WorkdirError, claim, first_day, locked, read_config
 
 
 def generate_for(workdir: pathlib.Path, config: Config | None) -> int:
@@ -84,7 +84,7 @@ def _locked_store(workdir: pathlib.Path, config: Config | None) -> Iterator[Roll
             )
         if near.generator == "process":  # it uses all devices of its machine
             mesh = MeshConfig(tensor=mesh.tensor)
-        setup = prepare(dataclasses.replace(given, mesh=mesh))
+        setup = prepare(dataclasses.replace(given, mesh=mesh), first_day(workdir))
         if config is not None:
             claim(workdir, as_recorded(config, setup), facts(setup), is_learner=False)
         yield RolloutStore(setup, workdir)

@@ -50,7 +50,7 @@ def launch(fleet: Fleet, log: Callable[[str], None], *, is_dry: bool) -> int:
         commands = []
         for name, text in texts.items():
             file = pathlib.Path(directory) / f"{name}.yaml"
-            file.write_text(text)
+            file.write_text(text, "utf-8")
             commands.append((name, _command(fleet, name, file)))
         return submit_all(commands, _running(log), log)
 
