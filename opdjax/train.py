@@ -187,8 +187,7 @@ def _run(
     layout = jax.tree.map(lambda x: x.sharding, state)
     update = make_update(spec, config.optimizer, num_steps, layout)
     examine, behavior_kl = make_examine(spec, _NUM_ALTERNATIVES), make_behavior_kl(spec)
-    latest = checkpointer.latest_step
-    first = latest or config.train.first_step
+    first = (latest := checkpointer.latest_step) or config.train.first_step
     if first:
         state = checkpointer.restore(latest, state) if latest else take_over(setup, workdir, state)
     on_process_zero(lambda: _truncate_logs(setup, workdir, first))
