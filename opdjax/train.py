@@ -67,12 +67,7 @@ from opdjax.runs.checkpoint import Checkpointer
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer, require_trackers
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
 from opdjax.runs.object_store import is_remote, url_of
-from opdjax.runs.results import (
-    evaluations_since_best,
-    make_result,
-    read_result,
-    result_table,
-)
+from opdjax.runs.results import evaluations_since_best, make_result, read_result, result_table
 from opdjax.runs.workdir import (
     WorkdirError,
     append_lines,
@@ -192,8 +187,7 @@ def _run(
     layout = jax.tree.map(lambda x: x.sharding, state)
     update = make_update(spec, config.optimizer, num_steps, layout)
     examine, behavior_kl = make_examine(spec, _NUM_ALTERNATIVES), make_behavior_kl(spec)
-    latest = checkpointer.latest_step
-    first = latest or config.train.first_step
+    first = (latest := checkpointer.latest_step) or config.train.first_step
     if first:
         state = checkpointer.restore(latest, state) if latest else take_over(setup, workdir, state)
     on_process_zero(lambda: _truncate_logs(setup, workdir, first))
@@ -327,7 +321,8 @@ def _evaluate(
 ) -> dict[str, float] | None:
     """`evaluate` the student of a step, and send its scores to the trackers."""
     scores = evaluate(setup.evaluator, workdir, step, copy_weights)
-    on_process_zero(lambda: writer.send_scores(step, scores))
+    sent = {f"eval/{name}": value for name, value in (scores or {}).items()}
+    on_process_zero(lambda: writer.send(step, sent) if sent else None)
     return scores
 
 
@@ -385,11 +380,9 @@ def _finish(
         counts["skipped_prompts"] = setup.prompts.num_skipped
         result = make_result(config, mirror.directory, counts, out.name)
         if done < config.train.num_steps:
-            print(
-                f"stopped after step {done} of {config.train.num_steps}: "
-                f"{config.train.early_stopping_patience} evaluations without a better avg@k; the "
-                f"best checkpoint: opdjax export {mirror.name} --step best"
-            )
+            count = config.train.early_stopping_patience
+            reason = f"step {done}: {count} evaluations without a better avg@k"
+            print(f"stopped after {reason}; opdjax export {mirror.name} --step best has the best")
         if "eval_after" in result:
             print(result_table(result))
         write_json(mirror.directory / "result.json", result)

@@ -104,7 +104,7 @@ def load_function(file: str | pathlib.Path, name: str) -> Callable:
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    with _errors_of(file), _neighbours_of(path.parent):
+    with errors_of(file), _neighbours_of(path.parent):
         spec.loader.exec_module(module)
     if not callable(vars(module).get(name)):
         raise ConfigError(f"{file} defines no {name}()")
@@ -127,12 +127,12 @@ def _neighbours_of(directory: pathlib.Path) -> Iterator[None]:
 
 
 def _call_in_file(file: str | pathlib.Path, function: str) -> Any:
-    with _errors_of(file):
+    with errors_of(file):
         return load_function(file, function)()
 
 
 @contextlib.contextmanager
-def _errors_of(file: str | pathlib.Path) -> Iterator[None]:
+def errors_of(file: str | pathlib.Path) -> Iterator[None]:
     """Whatever the user's file raises becomes a ConfigError with the line of the file."""
     path = path_of(file)
     try:

@@ -64,12 +64,10 @@ class Config(Section):
         is_own = self.teacher_is_student or not self.optimizer.teacher_ema_decay
         expected = f"0 unless teacher.path is {STUDENT}: another teacher's weights stay as they are"
         self.require(is_own, "optimizer.teacher_ema_decay", expected)
-        evaluation = self.evaluation
-        expected = "more than 0 where train.early_stopping_patience is given, with an "
-        expected += "evaluation.source: evaluations are counted"
-        is_evaluated = evaluation.source is not None and evaluation.every > 0
-        is_scored = is_evaluated or not self.train.early_stopping_patience
-        self.require(is_scored, "evaluation.every", expected)
+        is_counted = self.evaluation.source is not None and self.evaluation.every > 0
+        expected = "more than 0, with an evaluation.source: early stopping counts evaluations"
+        is_possible = is_counted or not self.train.early_stopping_patience
+        self.require(is_possible, "evaluation.every", expected)
         self._check_completions()
         if self.near_policy.schedule != "none":
             self._check_near_policy()
@@ -165,10 +163,9 @@ class Config(Section):
         expected += "with the other run"
         is_fresh = self.train.start_from is None or self.train.start_with == "student"
         self.require(is_fresh, "train.start_with", expected)
-        is_given = near.schedule != "refresh" or self.train.num_epochs is None
-        expected = "none where near_policy.schedule is refresh: near_policy.num_epochs says how "
-        expected += "often the prompts of an epoch are used, and train.num_steps all updates"
-        self.require(is_given, "train.num_epochs", expected)
+        is_counted = near.schedule != "refresh" or self.train.num_epochs is None
+        expected = "none where near_policy.schedule is refresh: it has near_policy.num_epochs"
+        self.require(is_counted, "train.num_epochs", expected)
         expected = f"a divisor of train.num_steps, {steps}: every epoch has as many steps"
         self.require(steps % near.num_epochs == 0, "near_policy.num_epochs", expected)
         keeps_groups = near.schedule == "continuous" and near.filter == "none"

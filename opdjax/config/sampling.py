@@ -72,7 +72,7 @@ class EvaluationConfig(Section):
     grader: str = "auto"
     # Use the first N prompts, of each benchmark if there are several.
     num_prompts: Annotated[int, "at least 1"] = 512
-    # Sampled answers per prompt: the k of avg@k and pass@k.
+    # Sampled answers per prompt: the 8 of avg@8 and pass@8.
     num_samples: Annotated[int, "at least 1"] = 8
     # Temperatures of the sampled answers. All scores are those of the first; the untrained student
     # is also evaluated at the others.

@@ -8,19 +8,8 @@ LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]  # the kernels of
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 # Those of optax that treat a parameter of all layers, stacked, as they treat each layer's: none
 # that needs a parameter's norm (lamb, lars, novograd) or weights of its own for evaluation.
-OptimizerName = Literal[
-    "adamw",
-    "nadamw",
-    "radam",
-    "adabelief",
-    "ademamix",
-    "adan",
-    "lion",
-    "muon",
-    "adafactor",
-    "rmsprop",
-    "sgd",
-]
+AdamLike = Literal["adamw", "nadamw", "radam", "adabelief", "ademamix"]
+OptimizerName = Literal[AdamLike, "adan", "lion", "muon", "adafactor", "rmsprop", "sgd"]
 
 
 class TrainConfig(Section):
@@ -59,7 +48,7 @@ class TrainConfig(Section):
     # Passes over the prompts, instead of num_steps: as many updates as show every prompt this
     # often, the last one filled with prompts of a further pass. None: num_steps counts.
     num_epochs: Annotated[int | None, "at least 1, or none for num_steps"] = None
-    # End the run after this many evaluations in a row without a new best avg@k, where the untrained
+    # End the run after this many evaluations in a row without a new best avg@8, where the untrained
     # student's counts as the first; 0: never. The run exports its last student; the best checkpoint
     # is kept for opdjax export --step best.
     early_stopping_patience: Annotated[int, "0 (off) or more"] = 0
@@ -69,7 +58,7 @@ class TrainConfig(Section):
         if self.start_from is None:
             self.require_default("start_with", "where train.start_from is none")
         if self.num_epochs is not None:
-            self.require_default("num_steps", "where train.num_epochs is given: it sets the number")
+            self.require_default("num_steps", "where train.num_epochs is given")
 
     @property
     def start(self) -> tuple[str, str]:
@@ -122,9 +111,8 @@ class OptimizerConfig(Section):
         super().__post_init__()
         if self.schedule == "constant":
             self.require_default("min_lr_ratio", "where the schedule is constant: it does not fall")
-        if self.name in ("lion", "adafactor", "adan", "rmsprop", "sgd"):
-            reason = f"where optimizer.name is {self.name}: it has its own constants"
-            self.require_default("b2", reason)
+        if self.name not in (*get_args(AdamLike), "muon"):
+            self.require_default("b2", f"where optimizer.name is {self.name}: it does not read it")
 
 
 class LoraConfig(Section):

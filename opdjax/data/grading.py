@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opdjax.config.experiments import load_function
+from opdjax.config.experiments import errors_of, load_function
 from opdjax.config.sampling import GRADERS
 from opdjax.config.validation import MissingExtraError
 from opdjax.data import isolated
@@ -177,7 +177,8 @@ class _Own:
     function: Callable[[str, str], Any]
 
     def __call__(self, completion: str, answer: str) -> bool:
-        result = self.function(completion, answer)
+        with errors_of(self.name.rpartition(":")[0]):
+            result = self.function(completion, answer)
         if result not in (0, 1):
             raise DataError(
                 f"evaluation.grader {self.name} returned {result!r}; expected True or False"
@@ -185,7 +186,9 @@ class _Own:
         return bool(result)
 
     def can_read(self, answer: str) -> bool:
-        return self(answer, answer)
+        """True once the function has run; an answer alone need not have a completion's form."""
+        self(answer, answer)
+        return True
 
 
 def require_grader(name: str) -> None:

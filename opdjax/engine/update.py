@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.config import OptimizerConfig
 from opdjax.config.run import Config
+from opdjax.config.train import AdamLike
 from opdjax.engine.scorer import token_scores
 from opdjax.engine.step_metrics import observed, step_metrics
 from opdjax.estimators import Estimator, estimator_of, importance
@@ -101,8 +102,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         adamw = optax.adamw(rate, *adam, weight_decay=decay, mask=mask)
         return optax.chain(*clip, adamw, *average)
     make = getattr(optax, name, None) or getattr(optax.contrib, name)
-    own = {key: 0.0 for key in ("weight_decay",) if key in inspect.signature(make).parameters}
-    if name in ("nadamw", "radam", "adabelief", "ademamix"):
+    own = {"weight_decay": 0.0} if "weight_decay" in inspect.signature(make).parameters else {}
+    if name in get_args(AdamLike):
         own["b2"] = config.b2
     elif name == "adafactor":
         own["multiply_by_parameter_scale"] = False
@@ -118,9 +119,8 @@ def _muon_matrices(params: Params) -> Any:
     """The axes of Muon's matrices, of each layer alone; None for what its NAdamW updates."""
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
     is_matrix = lambda path: path[-1].key.endswith(("kernel", "lora_a", "lora_b"))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: axes if is_matrix(path) else None, params
-    )
+    axes_at = lambda path, _: axes if is_matrix(path) else None
+    return jax.tree_util.tree_map_with_path(axes_at, params)
 
 
 class AverageState(NamedTuple):

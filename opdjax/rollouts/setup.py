@@ -110,6 +110,11 @@ def prepare(config: Config, today: str | None = None) -> Setup:
     require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
     config = config.with_steps_over(len(prompts))
+    train = config.train
+    if train.first_step:
+        expected = f"at least {train.first_step}, the step of {train.start[0]} that it starts from"
+        is_reached = train.first_step <= train.num_steps
+        require(is_reached, "train.num_steps", train.num_steps, expected)
     require_room(config, prompts)
     if checkpoint is not None and config.teacher_is_student and prompts.teacher_ids is None:
         raise ConfigError(
@@ -139,10 +144,11 @@ def prepare(config: Config, today: str | None = None) -> Setup:
 
 
 def as_recorded(config: Config, setup: Setup) -> Config:
-    """The config of a run as its work directory records it: as given, with the step of another run
-    that it starts from, and with its day.
+    """The config of a run as its work directory records it: with the step that it starts from and
+    its day, and with train.num_epochs as it was given.
     """
-    train = dataclasses.replace(config.train, start_from=setup.config.train.start_from)
+    given = {name: getattr(config.train, name) for name in ("num_steps", "num_epochs")}
+    train = dataclasses.replace(setup.config.train, **given)
     data = dataclasses.replace(config.data, date=setup.config.data.date)
     return dataclasses.replace(config, train=train, data=data)
 

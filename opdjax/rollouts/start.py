@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from opdjax.config import Config
-from opdjax.config.validation import ConfigError, differences, require, to_dict
+from opdjax.config.validation import ConfigError, differences, to_dict
 from opdjax.engine.update import TrainState, init_state, make_optimizer
 from opdjax.judge.criteria import FROZEN
 from opdjax.models.decoder import Params, abstract_params
@@ -98,9 +98,6 @@ def with_start_step(config: Config, student: Checkpoint) -> Config:
             "what opdjax export writes"
         )
     train = dataclasses.replace(train, start_from=f"{run}@{step}")
-    expected = f"at least {step}, the step of {run} that it starts from"
-    is_reached = train.first_step <= train.num_steps
-    require(is_reached, "train.num_steps", train.num_steps, expected)
     # A template that reads the clock is shown the day of the run that this one goes on with.
     data = dataclasses.replace(config.data, date=config.data.date or other.config.data.date)
     return dataclasses.replace(config, train=train, data=data)

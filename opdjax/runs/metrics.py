@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -60,23 +61,19 @@ class MetricWriter:
         require_trackers(config.log.trackers)
         self._file = workdir / "metrics.jsonl"
         cut_lines(self._file, last_step)
-        self._trackers = [
-            _open_tracker(name, workdir, last_step, config) for name in config.log.trackers
-        ]
+        open_named = partial(_open_tracker, workdir=workdir, last_step=last_step, config=config)
+        self._trackers = list(map(open_named, config.log.trackers))
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Write the row of one step."""
         # JSON has no NaN: values that are not finite become null.
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         append_lines(self._file, [{"step": step} | row])
-        self._send(step, metrics)
+        self.send(step, metrics)
 
-    def send_scores(self, step: int, scores: Metrics | None) -> None:
-        """Send the scores of an evaluation, which eval.jsonl holds, to the trackers."""
-        self._send(step, {f"eval/{name}": value for name, value in (scores or {}).items()})
-
-    def _send(self, step: int, metrics: Metrics) -> None:
-        for tracker in self._trackers if metrics else ():
+    def send(self, step: int, metrics: Metrics) -> None:
+        """Send values to the trackers alone: other files of the run hold them."""
+        for tracker in self._trackers:
             tracker.log(metrics, step=step)
 
     def close(self) -> None:
@@ -90,10 +87,8 @@ def require_trackers(names: tuple[str, ...]) -> None:
     for name in names:
         package = "tensorboardX" if name == "tensorboard" else name
         if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(
-                f"log.trackers has {name}, and {package} is not installed: pip install "
-                f"'opdjax[{name}]'"
-            )
+            advice = f"pip install 'opdjax[{name}]'"
+            raise MissingExtraError(f"log.trackers: {package} is not installed: {advice}")
 
 
 def _open_tracker(name: str, workdir: pathlib.Path, last_step: int, config: Config) -> Tracker:

@@ -368,15 +368,10 @@ def make_result(
 
 def evaluations_since_best(workdir: pathlib.Path, config: Config, step: int) -> int:
     """Evaluations after the one with the best avg@k, the first of equals, up to and with `step`."""
-    rows = read_lines(workdir / "eval.jsonl")
-    temperature = config.evaluation.temperature
-    scores = {
-        row["step"]: row["avg@k"]
-        for row in rows
-        if row["step"] <= step and row["temperature"] == temperature
-    }
-    found = [scores[step] for step in sorted(scores)]
-    return len(found) - 1 - found.index(max(found)) if found else 0
+    rows = [row for row in read_lines(workdir / "eval.jsonl") if row["step"] <= step]
+    rows = [row for row in rows if row["temperature"] == config.evaluation.temperature]
+    scores = [row["avg@k"] for row in sorted(rows, key=lambda row: row["step"])]
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
 def result_table(result: dict[str, Any]) -> str:

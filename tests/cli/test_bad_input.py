@@ -302,12 +302,12 @@ DATA = {
     "messages without text": (
         "DataError",
         lambda p: p.data('{"prompt": [{"role": "user"}]}'),
-        "expected a non-empty string or a list of {role, content} messages",
+        "line 1: 'prompt.0.content' is null; expected a text",
     ),
     "messages as raw text": (
         "DataError",
         lambda p: p.data('{"prompt": [{"role": "user", "content": "1"}]}', "--data.format", "raw"),
-        "needs format 'chat'; format 'raw' takes a string",
+        "needs format 'chat', as tools do; format 'raw' takes a string",
     ),
     "NaN as answer": (
         "DataError",

@@ -377,7 +377,7 @@ def test_a_recipe_on_the_command_line_leaves_the_options_of_the_experiments_out(
     assert opdjax(command, file, "--estimator.recipe=opd", "--help")[2] == ""
     _, out, err = opdjax(command, file, "--estimator.recipe=vopd", "--help")
     assert err == ""
-    assert "(opd, vopd) (default: 0.5)" in smooth(out)
+    assert "(opd, vopd: 0.0) (default: 0.5)" in smooth(out)
 
 
 def test_a_recipe_is_checked_together_with_the_other_arguments(opdjax, experiment):

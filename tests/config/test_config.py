@@ -276,7 +276,7 @@ def test_settings_are_few():
         ({"optimizer": {"name": "moun"}}, "optimizer.name is 'moun'; did you mean 'muon'?"),
         (
             {"optimizer": {"name": "lion", "b2": 0.99}},
-            "optimizer.b2 is 0.99; expected 0.999 where optimizer.name is lion: it has its own ",
+            "optimizer.b2 is 0.99; expected 0.999 where optimizer.name is lion: it does not ",
         ),
         (
             {"optimizer": {"schedule": "constant", "min_lr_ratio": 0.1}},
@@ -288,7 +288,7 @@ def test_settings_are_few():
         ),
         (
             {"train": {"early_stopping_patience": 2}},
-            "evaluation.every is 0; expected more than 0 where train.early_stopping_patience is ",
+            "evaluation.every is 0; expected more than 0, with an evaluation.source: early ",
         ),
         (
             {"train": {"num_epochs": 2}, "near_policy": {"schedule": "refresh"}},

@@ -135,6 +135,8 @@ def test_a_grader_of_ones_own_is_a_function_of_a_file(tmp_path):
     file.write_text(
         "def is_longer(completion, answer):\n    return len(completion) >= len(answer)\n"
         "def wrong(completion, answer):\n    return 'yes'\n"
+        "def has_hash(completion, answer): return completion.endswith('#' + answer)\n"
+        "\ndef fails(completion, answer): return {}[answer]\n"
     )
     name = f"{file}:is_longer"
     assert EvaluationConfig(grader=name).grader == name
@@ -142,6 +144,9 @@ def test_a_grader_of_ones_own_is_a_function_of_a_file(tmp_path):
     assert grader_named(name)("a", "ab") is False
     with pytest.raises(DataError, match="returned 'yes'; expected True or False"):
         grader_named(f"{file}:wrong")("a", "b")
+    require_readable(f"{file}:has_hash", ["1"], "held.jsonl")
+    with pytest.raises(ConfigError, match=r"graders.py does not run: KeyError.* .line 7."):
+        require_readable(f"{file}:fails", ["1"], "held.jsonl")
     with pytest.raises(ConfigError, match="defines no missing"):
         grader_named(f"{file}:missing")
 

@@ -252,7 +252,7 @@ def test_the_teachers_moving_average_follows_the_applied_updates(rng):
     """average = decay x average + (1 - decay) x weights, sharded as the weights are; a skipped
     batch changes nothing.
     """
-    estimator, mesh = EstimatorConfig(recipe="full_kl"), make_mesh(1, 4, 2)
+    estimator, mesh = EstimatorConfig(recipe="full_kl"), make_mesh(2, 4, 1)
     student, teacher = make_models(jnp.float32)
     batch, head = scored(make_batch(rng), teacher, estimator)
     config = OptimizerConfig(learning_rate=1e-2, teacher_ema_decay=0.75)

@@ -279,9 +279,7 @@ def test_a_directory_of_peft_is_its_base_with_the_adapter(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, r"use_dora True; expected a plain LORA adapter"),
-        ({"bias": "all"}, "bias 'all'"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\]"),
+        ({"alpha_pattern": {"q_proj": 2}}, r"alpha_pattern \{'q_proj': 2\}"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"r": 0}, "r 0"),
         ({"r": 2}, "of rank 2, as PEFT saves them"),
@@ -299,6 +297,20 @@ def test_another_adapter_is_refused_by_the_name_of_what_it_has(changes, message,
     file = directory / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(CheckpointError, match=message):
+        load_params(open_checkpoint(directory), "float32")
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensor"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj.lora_A"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_by_its_first_tensor(settings, tensor, peft_adapter):
+    directory, _ = peft_adapter(**settings)
+    with pytest.raises(CheckpointError, match=rf"holds \['.*{tensor}.*'\]; expected the lora_A"):
         load_params(open_checkpoint(directory), "float32")
 
 

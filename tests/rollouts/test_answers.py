@@ -177,9 +177,10 @@ def test_given_answers_are_cut_at_their_first_stop_token(tmp_path):
     width = tokens.shape[1] - config.sampling.max_completion_length
     check = partial(check_mask, data.batch, prompt_width=width)
     stops = setup.decoding.stop_token_ids
-    assert check(data.rollouts, stop_token_ids=stops).status == "ok"
+    assert check(data.rollouts, decoding=setup.decoding).status == "ok"
     # With an earlier stop token, the same rows are trained on past the end.
-    found = check(data.rollouts, stop_token_ids=(*stops, tokens[mask][0]))
+    earlier = dataclasses.replace(setup.decoding, stop_token_ids=(*stops, int(tokens[mask][0])))
+    found = check(data.rollouts, decoding=earlier)
     assert found.status == "fault"
     assert "the mask is 1 on a token that was not sampled" in found.message
 

@@ -136,7 +136,7 @@ def test_a_template_that_draws_at_random_is_refused(clocked, tmp_path):
 
 SCRIPT = """
 import json, sys
-from opdjax.cli.experiments import load_experiment
+from opdjax.cli.parsing import load_experiment
 from opdjax.data.prompts import encode_prompts, load_rows
 from opdjax.data.tokenizer import load_tokenizer
 config = load_experiment(sys.argv[1])

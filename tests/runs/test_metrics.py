@@ -102,10 +102,9 @@ def events_of(workdir):
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     writer = MetricWriter(tmp_path, last_step=0, config=tracked("tensorboard"))
-    writer.send_scores(0, {"avg@k": 0.75})
+    writer.send(0, {"eval/avg@k": 0.75})
     writer.write(1, {"loss/objective": 0.5, "grad/norm": 2.0})
     writer.write(2, {"loss/objective": 0.25})
-    writer.send_scores(2, None)
     writer.close()
     assert events_of(tmp_path) == [
         (0, "eval/avg_at_k", 0.75),
@@ -161,7 +160,7 @@ def test_a_continued_run_continues_the_run_of_its_tracker(name, fake, tmp_path, 
     for first in (0, 2):
         writer = MetricWriter(workdir, last_step=first, config=tracked(name))
         writer.write(first + 1, {"loss/objective": 0.5})
-        writer.send_scores(first + 1, {"avg@k": 0.75})
+        writer.send(first + 1, {"eval/avg@k": 0.75})
         writer.close()
     start, row, scores, end = calls()[:4]
     assert start[:1] + start[2:] == ("opdjax", 0, "allow")
@@ -197,9 +196,7 @@ def test_the_real_packages_take_these_calls(tmp_path, monkeypatch):
 )
 def test_a_tracker_without_its_package_says_what_to_install(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    message = (
-        rf"log\.trackers has {name}, and {package} is not installed: pip install 'opdjax\[{name}\]'"
-    )
+    message = rf"log\.trackers: {package} is not installed: pip install 'opdjax\[{name}\]'"
     with pytest.raises(ImportError, match=message):
         require_trackers((name,))
 

@@ -178,7 +178,7 @@ def test_a_bucket_that_is_not_there_is_told(gcs, tmp_path):
 def test_the_extra_that_is_missing_is_named():
     code = "import sys; sys.modules['gcsfs'] = None; from opdjax.runs.object_store import Folder; Folder('gs://b/x')"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "opdjax: gs:// needs gcsfs: pip install 'opdjax[gcs]'" in ran.stderr
+    assert "MissingExtraError: gs:// needs gcsfs: pip install 'opdjax[gcs]'" in ran.stderr
 
 
 def test_local_copies(gcs, tmp_path):

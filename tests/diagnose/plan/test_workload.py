@@ -70,7 +70,7 @@ def test_only_the_configs_of_a_hub_id_are_downloaded(model, monkeypatch):
         train=TrainConfig(prompts_per_step=8),
     )
     read_workload(config, topology("v5e-8"))
-    wanted = ["config.json", "generation_config.json"]
+    wanted = ["config.json", "generation_config.json", "adapter_config.json"]
     assert asked == [("owner/one", "main", wanted), ("owner/two", None, wanted)]
 
 
