@@ -139,7 +139,8 @@ def render(
 
 def reads_clock(tokenizer: Any) -> bool:
     """Whether prompts change with the day on which they are rendered."""
-    return "strftime_now" in str(tokenizer.chat_template)
+    templates = tokenizer.chat_template, getattr(tokenizer, "tool_template", None)
+    return "strftime_now" in str(templates)
 
 
 def with_day(template: str, today: datetime.date) -> str:

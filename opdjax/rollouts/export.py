@@ -94,7 +94,7 @@ def _write_use(directory: pathlib.Path, config: Config, source: Checkpoint) -> N
     model = directory / "config.json"
     write_json(model, json.loads(model.read_text("utf-8")) | {"eos_token_id": ids})
     if tokenizer.chat_template is not None:
-        _write_template(directory, tokenizer.chat_template, pinned(tokenizer.chat_template, data))
+        _pin_templates(directory, tokenizer.chat_template, data)
     evaluation = dataclasses.replace(config.evaluation, grader=config.grader)
     own = dataclasses.replace(data, source=DataConfig().source, references=None)
     sections = {"data": to_dict(own), "evaluation": to_dict(evaluation)}
@@ -102,14 +102,20 @@ def _write_use(directory: pathlib.Path, config: Config, source: Checkpoint) -> N
     write_json(directory / RECORD, {"config": sections})
 
 
-def _write_template(directory: pathlib.Path, before: str, now: str) -> None:
-    if now == before:
+def _pin_templates(directory: pathlib.Path, template: str, data: DataConfig) -> None:
+    """Write the chat template, and one for tools, with the defaults of `data`."""
+    now = pinned(template, data)
+    if now == template:
         return
-    (directory / "chat_template.jinja").write_text(now, "utf-8")
-    file = directory / "tokenizer_config.json"
-    if file.exists():  # it may hold the template that this one replaces
-        found = json.loads(file.read_text("utf-8"))
-        found.pop("chat_template", None)
+    file, own = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    found = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    named = found.pop("chat_template", None)
+    if isinstance(named, list) and not own.exists():
+        named = [each | {"template": pinned(each["template"], data)} for each in named]
+        write_json(file, found | {"chat_template": named})
+        return
+    own.write_text(now, "utf-8")
+    if named is not None:  # this file takes its place
         write_json(file, found)
 
 

@@ -28,8 +28,8 @@ from tiny_runs import (
 from opdjax.cli.export import export_step
 from opdjax.config import MINI_PAIR, LoraConfig, MeshConfig, ModelConfig, SamplingConfig
 from opdjax.models.hf import load_params, open_checkpoint
-from opdjax.models.hf_export import export_student
 from opdjax.models.lora import combine
+from opdjax.rollouts.export import export_student
 from opdjax.rollouts.setup import load_student, prepare
 from opdjax.train import train
 
@@ -148,7 +148,7 @@ def test_an_adapter_is_merged_where_lora_is_set_otherwise(lora, straight, tmp_pa
     found = trained if frozen is None else frozen
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found, final_weights(workdir))
     weights = combine(frozen, trained)
-    export_student(weights, setup.student, lora, config.student, tmp_path / "out", None)
+    export_student(weights, setup.student, config, workdir, tmp_path / "out", "float32", 0)
     assert not (tmp_path / "out_adapter").exists()
 
 
