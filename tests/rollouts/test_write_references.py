@@ -310,7 +310,7 @@ def test_training_first_writes_the_references_that_are_missing(straight, tmp_pat
     config = taught("references", data=vars(lesson(path).data), teach=vars(lesson(path).teach))
     lines = straight[0].read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-2]))  # as of an interrupted command
-    setup = _prepared(config)
+    setup = _prepared(config, "2026-05-01")
     assert f"@mini_teacher writes the missing answers of {path}" in capsys.readouterr().out
     index = read_index(path)
     assert index.answers == read_index(straight[0]).answers
@@ -319,13 +319,13 @@ def test_training_first_writes_the_references_that_are_missing(straight, tmp_pat
     path.unlink()
     api = dataclasses.replace(config, teach=TeachConfig(model="big", base_url="http://host:1/v1"))
     with pytest.raises(ReferenceMissError, match=r"does not exist.* with --teach\.auto"):
-        _prepared(api)
+        _prepared(api, "2026-05-01")
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("opdjax.train.write_references", asked.append)
         auto = dataclasses.replace(api, teach=dataclasses.replace(api.teach, auto=True))
         with pytest.raises(ReferenceMissError):
-            _prepared(auto)
+            _prepared(auto, "2026-05-01")
     assert asked == [auto]
 
 
