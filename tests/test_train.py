@@ -368,6 +368,7 @@ def three_prompts(tmp_path_factory):
     return directory / "run"
 
 
+@pytest.mark.long
 def test_int8_keys_and_values_are_no_fault(three_prompts):
     """The sampler's log-probs differ a little from the update's, which would be a fault if both
     were float32.
@@ -438,6 +439,7 @@ def test_a_run_stops_when_its_score_no_longer_rises(tmp_path, monkeypatch, capsy
     export_step(tmp_path / "run", "best", tmp_path / "best", None)
 
 
+@pytest.mark.long
 def test_passes_over_the_prompts_instead_of_steps(tmp_path):
     """64 prompts, 24 a step: two passes are six steps, whose learning rate ends at its minimum."""
     config = vary(
@@ -551,6 +553,7 @@ def test_a_student_that_is_its_own_teacher_resumes_and_is_compiled_once(decay, t
     assert_same_run(tmp_path / "straight", tmp_path / "run")
 
 
+@pytest.mark.long
 def test_an_averaged_teacher_moves_less_than_the_student(tmp_path):
     """The first update is the same; then the average is nearer to the start than the student is. Of
     adapters, the adapters are averaged.

@@ -121,6 +121,7 @@ def test_the_share_of_the_students_rows_is_that_of_the_config():
     assert any((student_rows(other, step) != shares[step]).any() for step in range(5))
 
 
+@pytest.mark.long
 def test_a_mixed_run_counts_its_tokens_and_continues_bit_for_bit(tmp_path):
     config = taught(**MIXED, checkpoint={"every": 1})
     train(config, tmp_path / "straight")
