@@ -264,8 +264,8 @@ def shards_of(workdir):
 SCRIPT = """
 import resource, sys
 from opdjax.cli import main
-from opdjax.rollouts.near_policy import refresh, shards
-refresh.SHARD_SIZE = 16  # as in this process
+from opdjax.rollouts.near_policy import shards, store
+store.SHARD_SIZE = 16  # as in this process
 real, count = shards.write_whole, int(sys.argv.pop(1))
 
 def full(path, data):
