@@ -123,7 +123,7 @@ def _first_day(workdir: pathlib.Path) -> str:
     return datetime.date.fromordinal(int(found)).isoformat()
 
 
-def _prepared(config: Config, today: str | None = None) -> Setup:
+def _prepared(config: Config, today: str) -> Setup:
     """What the run works with; reference answers that are missing are written first, unless the
     teacher is behind an API and `teach.auto` is not set, or there are several processes.
     """

@@ -127,8 +127,9 @@ def _neighbours_of(directory: pathlib.Path) -> Iterator[None]:
 
 
 def _call_in_file(file: str | pathlib.Path, function: str) -> Any:
+    loaded = load_function(file, function)
     with errors_of(file):
-        return load_function(file, function)()
+        return loaded()
 
 
 @contextlib.contextmanager
