@@ -10,6 +10,11 @@ from opdjax.config.validation import Section
 GRADERS = ("gsm8k", "last_number", "boxed", "choice", "exact")
 
 
+def is_own_function(grader: str) -> bool:
+    """Whether a grader is FILE.py:FUNCTION: a file that is run."""
+    return re.fullmatch(r".+\.py:\w+", grader) is not None
+
+
 class SamplingConfig(Section):
     """The completions that are trained on, and how they are sampled."""
 
@@ -97,7 +102,7 @@ class EvaluationConfig(Section):
 
     def _check_grader(self):
         kind, _, pattern = self.grader.partition(":")
-        is_known = self.grader in (*GRADERS, "auto") or re.fullmatch(r".+\.py:\w+", self.grader)
+        is_known = self.grader in (*GRADERS, "auto") or is_own_function(self.grader)
         expected = f"{', '.join(GRADERS)}, auto, regex:PATTERN or FILE.py:FUNCTION"
         self.require(is_known or kind == "regex", "grader", expected)
         try:

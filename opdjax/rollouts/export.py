@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 
 from opdjax.config import PACKAGE, Config, DataConfig
+from opdjax.config.sampling import is_own_function
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import from_dict, to_dict
 from opdjax.data.chat import with_day
@@ -64,14 +65,19 @@ def export_student(
 
 def recorded_use(checkpoint: Checkpoint) -> Config | None:
     """How the run that exported a checkpoint used it: the sections `data`, `evaluation` and
-    `train.dtype`; None if no run did.
+    `train.dtype`; None if no run did. A grader of the user's own is not taken over: give it again.
     """
     file = (checkpoint.adapter or checkpoint).path / RECORD
     if not file.exists():
         return None
     advice = "delete it, and give its settings as options"
     found = read_json(file, advice, "the settings of an exported student", config=dict)
-    return from_dict(Config, upgrade(found["config"]))
+    config = from_dict(Config, upgrade(found["config"]))
+    if is_own_function(config.evaluation.grader):  # what comes with a checkpoint is never run
+        config = dataclasses.replace(
+            config, evaluation=dataclasses.replace(config.evaluation, grader="auto")
+        )
+    return config
 
 
 def _write_use(directory: pathlib.Path, config: Config, source: Checkpoint) -> None:
