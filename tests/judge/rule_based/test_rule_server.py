@@ -199,7 +199,8 @@ def test_many_requests_at_once_each_wait_just_the_latency(start_judge):
         told = stats(url)
         assert told["requests"] == told["roles"]["verifier"] == 40
         assert told["max_in_flight"] > 1
-        assert told["in_flight"] == 0
+        while stats(url)["in_flight"]:  # a thread counts itself out after its reply was read
+            assert time.monotonic() < begun + 60
 
 
 def outcome(url, request):
