@@ -26,10 +26,15 @@ def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"opdjax.{name}")
     config = importlib.import_module("opdjax.config")
-    if name not in _HOMES and name not in config.__all__:
+    if name not in _HOMES and name not in _names_of(config):
         raise AttributeError(f"opdjax has no {name!r}; it has {', '.join(__dir__())}")
     return getattr(importlib.import_module(_HOMES.get(name, "opdjax.config")), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*_HOMES, *_SUBMODULES, *importlib.import_module("opdjax.config").__all__})
+    names = _names_of(importlib.import_module("opdjax.config"))
+    return sorted({*_HOMES, *_SUBMODULES, *names})
+
+
+def _names_of(config: Any) -> list[str]:
+    return [name for name in vars(config) if name[0].isupper()]

@@ -3,20 +3,17 @@
 import collections
 import functools
 import json
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from opdjax.config.api import RULE_JUDGE
-from opdjax.config.data import JUDGED_FIELDS, DataConfig
 from opdjax.config.model import STUDENT
 from opdjax.config.run import Config
 from opdjax.config.validation import from_dict, to_dict
 
 # Keys that earlier versions wrote, and their names today.
 RENAMED_KEYS = {
-    "sampling.source": "sampling.completions_from",
     "student.dtype": "train.dtype",
     "student.attention": "train.attention",
     "estimator.baseline_top_k": "estimator.support_top_k",
@@ -26,6 +23,7 @@ RENAMED_KEYS = {
 # Settings that are constants today: the constant, at the place where it is used.
 REMOVED_KEYS: Mapping[str, Any] = {
     "data.overlong": "skip",
+    "data.max_teacher_prompt_length": 2048,
     "sampling.min_p": 0.0,
     "near_policy.ifd_form": "nll_ratio",
     "near_policy.shard_size": 1024,
@@ -41,17 +39,11 @@ REMOVED_KEYS: Mapping[str, Any] = {
     "evaluation.seed": 0,
 }
 # Those that said only how a run is computed: a run continues whatever their value was.
-REMOVED_EXECUTION_KEYS: Mapping[str, Any] = {
-    "student.split_over": ["fsdp", "tensor"],
-    "teacher.split_over": ["fsdp", "tensor"],
-    "sampling.split_over": ["tensor"],
-    "estimator.tile": 512,
-    "rubrics.draw_parts": 2,
-    "teach.batch_size": 64,
-    "near_policy.generator_devices": 1,
-    "api.breaker_failures": 5,
-    "api.breaker_seconds": 30.0,
-}
+REMOVED_EXECUTION_KEYS = (
+    *(f"{name}.split_over" for name in ("student", "teacher", "sampling")),
+    *("estimator.tile", "rubrics.draw_parts", "teach.batch_size", "near_policy.generator_devices"),
+    *("api.breaker_failures", "api.breaker_seconds"),
+)
 Sections = dict[str, dict[str, Any]]
 
 
@@ -59,16 +51,14 @@ def upgrade(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved config with today's keys and values; fields added since have their defaults. A value
     that no setting of today can hold is left out, and a note on stderr names it.
     """
-    config, lost, execution = _read(json.dumps(saved, sort_keys=True))
-    for line in lost + execution:
+    config, lost = _read(json.dumps(saved, sort_keys=True))
+    for line in lost:
         _print_once(f"note: an earlier version's setting is a constant today: {line}")
     return json.loads(config)
 
 
 def lost_settings(saved: dict[str, Any]) -> list[str]:
-    """`field: value -> constant` for each setting of a saved config that changed its results and
-    that no setting of today can hold.
-    """
+    """`field: value -> constant` of each saved setting that no setting of today can hold."""
     return _read(json.dumps(saved, sort_keys=True))[1].copy()
 
 
@@ -78,10 +68,8 @@ def _print_once(line: str) -> None:
 
 
 @functools.lru_cache(maxsize=4096)  # tables of a sweep read each config many times
-def _read(text: str) -> tuple[str, list[str], list[str]]:
-    """(today's config, lost settings, lost settings that said only how a run is computed), from
-    JSON; the config as JSON too, because callers may change what they get.
-    """
+def _read(text: str) -> tuple[str, list[str]]:
+    """(today's config as JSON, lost settings), from JSON: callers may change what they get."""
     saved = json.loads(text)
     sections = collections.defaultdict(dict)
     sections.update((name, value) for name, value in saved.items() if isinstance(value, dict))
@@ -97,13 +85,13 @@ def _read(text: str) -> tuple[str, list[str], list[str]]:
             sections[section][key] = value
     if (tensorboard := _pop(sections, "log.tensorboard")) is not None:
         sections["log"]["trackers"] = ["tensorboard"] if tensorboard else []
-    train = sections["train"]
-    if isinstance(train.get("remat"), bool):  # remat used to be a flag
-        train["remat"] = "layer" if train["remat"] else "none"
-    lost += _removed(sections, REMOVED_KEYS)
-    execution = _removed(sections, REMOVED_EXECUTION_KEYS)
+    for field in REMOVED_EXECUTION_KEYS:
+        _pop(sections, field)
+    for field, constant in REMOVED_KEYS.items():
+        if (value := _pop(sections, field)) not in (None, constant):
+            lost.append(f"{field}: {value!r} -> {constant!r}")
     read = {name: values for name, values in sections.items() if values or name in saved}
-    return json.dumps(to_dict(from_dict(Config, read | others))), lost, execution
+    return json.dumps(to_dict(from_dict(Config, read | others))), lost
 
 
 def _pop(sections: Sections, field: str) -> Any:
@@ -112,23 +100,10 @@ def _pop(sections: Sections, field: str) -> Any:
     return sections[section].pop(key, None)
 
 
-def _removed(sections: Sections, constants: Mapping[str, Any]) -> list[str]:
-    found = {field: _pop(sections, field) for field in constants}
-    return [
-        f"{field}: {value!r} -> {constants[field]!r}"
-        for field, value in found.items()
-        if value not in (None, constants[field])
-    ]
-
-
 def _read_models(sections: Sections, lost: list[str]) -> None:
     for model in (sections["student"], sections["teacher"]):
         if revision := model.pop("revision", None):
             model["path"] = f"{model['path']}@{revision}"
-        if isinstance(path := model.get("path"), str):  # early versions saved the directory
-            model["path"] = re.sub(
-                r".*/opdjax/assets/mini_pair/(teacher|student)\Z", r"@mini_\1", path
-            )
     for key in ("dtype", "attention"):
         value, student = sections["teacher"].pop(key, None), sections["student"].get(key)
         if value != student and sections["teacher"].get("path") != STUDENT:
@@ -148,13 +123,6 @@ def _read_data(sections: Sections, lost: list[str]) -> None:
     if format == "chat" and thinking is not None:
         data["format"] = named[thinking]
     _read_columns(data, ("prompt", "answer", "reference", "rubric"))
-    longest = data.pop("max_teacher_prompt_length", None)
-    shown = data.get("teacher_prompt_format") or ""
-    if longest is not None and any(f"{{{name}}}" in shown for name in JUDGED_FIELDS):
-        short = DataConfig(max_prompt_length=data.get("max_prompt_length", 512))
-        if longest != short.max_teacher_prompt_length:
-            text = f"{longest} -> {short.max_teacher_prompt_length}"
-            lost.append(f"data.max_teacher_prompt_length: {text}, by data.max_prompt_length")
 
 
 def _read_columns(section: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -322,13 +322,6 @@ def test_a_directory_that_names_the_built_in_models_by_where_they_once_lay_is_co
         )
 
 
-def test_a_config_saved_when_remat_was_a_switch_is_read():
-    for saved, today in ((True, "layer"), (False, "none")):
-        config = to_dict(Config())
-        config["train"]["remat"] = saved
-        assert upgrade(config)["train"]["remat"] == today
-
-
 @pytest.mark.parametrize("section", ["train", "sampling", "student"])
 def test_a_saved_config_with_a_damaged_section_names_it(section):
     for damaged in (3, None, ["num_steps"]):
