@@ -90,9 +90,7 @@ class DataConfig(Section):
 
     @property
     def max_teacher_prompt_length(self) -> int:
-        """Longest teacher prompt with judges' texts, in tokens; rollouts with a longer one are
-        dropped.
-        """
+        """Longest teacher prompt with judges' texts, in tokens; longer ones are dropped."""
         return self.max_prompt_length + _MAX_JUDGED_LENGTH
 
     @property

@@ -59,18 +59,12 @@ def load_sweep(file: str | pathlib.Path) -> list[SweepPoint]:
 
 
 def config_beside(file: str, name: str) -> Config:
-    """The config of another experiment file, `name`, relative to the directory of `file`; of the
-    built-in one if there is none, so that a copy of a built-in experiment works anywhere.
-    """
+    """The config of the experiment `name` beside `file`, or of the built-in one of that name."""
     return load_config(_beside(file, name))
 
 
 def sweeps_beside(file: str, *names: str) -> list[SweepPoint]:
-    """The points of several sweep files, in order, equal points once; `names` are relative to the
-    directory of `file`.
-
-    Different points with one id stay in the list; `load_sweep` then refuses them.
-    """
+    """The points of the sweep files `names` beside `file`, in order, equal points once."""
     found: list[SweepPoint] = []
     for name in names:
         points = load_sweep(_beside(file, name))
@@ -85,10 +79,7 @@ def _beside(file: str, name: str) -> pathlib.Path:
 
 
 def load_function(file: str | pathlib.Path, name: str) -> Callable:
-    """The function of that name in a Python file, which is run and may import its neighbours.
-
-    ConfigError if the file or the function does not exist, or if the file does not run.
-    """
+    """The function of a Python file, which is run; ConfigError if there is none or it fails."""
     path = path_of(file)
     if not path.is_file() or path.suffix != ".py":
         others = [other.name for other in path.parent.glob("*.py")]

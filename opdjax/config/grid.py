@@ -44,9 +44,7 @@ class SweepPoint:
 
 
 def vary(field: str, values: Iterable[Any] | Mapping[str, Any]) -> list[Overrides]:
-    """One entry per value of a dotted field or a whole section; the keys of a mapping label its
-    values. ConfigError if there is no such field.
-    """
+    """One entry per value of a field or a section; the keys of a mapping label its values."""
     name = _short_name(field)
     pairs = values.items() if isinstance(values, Mapping) else ((_label(v), v) for v in values)
     return [Overrides({name: label}, {field: value}) for label, value in pairs]
@@ -178,9 +176,7 @@ def _short_name(field: str) -> str:
 
 
 def _label(value: Any) -> str:
-    """The text of a value in an id; characters that an id cannot hold are replaced, and a digest
-    keeps such labels different.
-    """
+    """The text of a value in an id; a digest tells apart those that an id cannot hold."""
     if dataclasses.is_dataclass(value):
         text, plain = type(value).__name__, json.dumps(to_dict(value), sort_keys=True)
     else:

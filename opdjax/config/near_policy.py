@@ -17,27 +17,24 @@ class NearPolicyConfig(Section):
     num_epochs: Annotated[int, "at least 1"] = 1
     # refresh: epochs, from 0, before which all prompts are answered again.
     refresh_epochs: tuple[int, ...] = ()
-    # continuous: largest age of a rollout's policy, in updates; 0 is on-policy. It is enforced
-    # before sampling: no sampled rollout is dropped for its age, since that would drop slow ones.
+    # continuous: largest age of a rollout's policy, in updates; 0 is on-policy. No sampled rollout
+    # is dropped for its age.
     max_staleness: Annotated[int, "0 (on-policy) or more"] = 0
     # continuous: fixed samples step s with the weights of step s - max_staleness, so that a run is
     # a function of its config; free samples with the newest weights.
     lag: Literal["fixed", "free"] = "fixed"
     # Where rollouts are sampled. inline: in this process between updates, on the same devices.
     # thread: in a thread, on devices of its own. process: in another process on this or another
-    # machine (opdjax sample --store WORKDIR), through files in the work directory. A thread holds
-    # two versions of the weights: with a fixed lag, a learner that is two versions ahead waits. Its
+    # machine (opdjax sample --store WORKDIR), through files in the work directory. A thread's
     # devices are those that mesh.data leaves to it, or the last mesh.tensor if mesh.data is -1.
     generator: Literal["inline", "thread", "process"] = "inline"
     # Samples to keep. none: all; ifd: those with ifd_min <= IFD_teacher - IFD_student <= ifd_max;
     # random: as many as ifd keeps, chosen at random. IFD measures how much the prompt helps a model
     # to predict an answer: its mean NLL per token with the prompt, divided by that without.
     filter: Literal["none", "ifd", "random"] = "none"
-    # Lower bound: below it the student is less sure of its own answer than the teacher. None: no
-    # bound.
+    # Below it the student is less sure of its own answer than the teacher. None: no bound.
     ifd_min: float | None = 0.0
-    # Upper bound: above it the teacher finds the answer far less likely than the student. None: no
-    # bound.
+    # Above it the teacher finds the answer far less likely than the student. None: no bound.
     ifd_max: float | None = 0.8
     # Replace ifd_max by this quantile of the samples that are not below ifd_min, over all samples
     # that are filtered together.

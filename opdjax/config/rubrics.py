@@ -11,9 +11,7 @@ MAX_FAILED_SHARE = 0.4
 
 
 class RubricsConfig(Section):
-    """Rubrics for the answers to a prompt (ROPD, arXiv 2605.07396) and for the stages of an answer
-    (RubricEM, arXiv 2605.10899).
-    """
+    """Rubrics of answers (ROPD, arXiv 2605.07396) and of stages (RubricEM, arXiv 2605.10899)."""
 
     # Number of the teacher's answers that a group is compared with: the first N, or all if there
     # are fewer; 0: none.

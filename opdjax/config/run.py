@@ -159,8 +159,10 @@ class Config(Section):
         self.require(is_sampled, "sampling.completions_from", expected)
         expected = f"a checkpoint where the schedule is {near.schedule}: its scores are stored"
         self.require(not self.teacher_is_student, "teacher.path", expected)
-        expected = "student where near_policy.schedule is set: rollouts of other steps are stored "
-        expected += "with the other run"
+        expected = (
+            "student where near_policy.schedule is set (--train.start-with student takes the "
+        )
+        expected += "weights alone): rollouts of other steps are stored with the other run"
         is_fresh = self.train.start_from is None or self.train.start_with == "student"
         self.require(is_fresh, "train.start_with", expected)
         is_counted = near.schedule != "refresh" or self.train.num_epochs is None
@@ -226,7 +228,8 @@ class Config(Section):
         expected = f"none where the recipe is {recipe.name}: it reads no teacher's scores"
         self.require(is_unread, "data.teacher_prompt_format", expected)
         writes_rubrics = recipe.reward != "scalar" and rubrics.refresh != "given"
-        roles = ("verifier", "rubricator") if writes_rubrics else ("verifier",)
+        is_asked = writes_rubrics or "reflection" in self.judged_fields
+        roles = ("verifier", "rubricator") if is_asked else ("verifier",)
         for role in roles if self.is_judged else ():
             expected = f"the name of a model: {recipe.name} asks this judge"
             self.require(getattr(self, role).model, f"{role}.model", expected)
@@ -255,9 +258,7 @@ class Config(Section):
 
     @property
     def refresh_steps(self) -> tuple[int, ...]:
-        """The numbers of updates after which all prompts of an epoch are answered anew, the first
-        of them 0; none in other schedules.
-        """
+        """The numbers of updates, 0 first, after which prompts are answered anew; () if never."""
         if self.near_policy.schedule != "refresh":
             return ()
         epochs = (0, *self.near_policy.refresh_epochs)

@@ -72,9 +72,7 @@ class Topology:
 
     @property
     def jax_name(self) -> str | None:
-        """Name in `jax.experimental.topologies`, such as v5e:2x4; None if programs can be compiled
-        only on the machine.
-        """
+        """Name in `jax.experimental.topologies`, such as v5e:2x4; None for GPUs and CPUs."""
         shape = self.shape and "x".join(map(str, self.shape))
         return shape and f"{self.chip.jax_name}:{shape}"
 

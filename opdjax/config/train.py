@@ -35,15 +35,15 @@ class TrainConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # Attention in training and scoring; the sampler always uses xla. xla runs everywhere and holds
     # T x T scores per head. splash (TPU, heads of 64, 128 or 256) and cudnn (NVIDIA GPU, bfloat16,
-    # heads of up to 128) are fused kernels that do not. auto: splash on a TPU if it can run, else
-    # xla; cudnn has not been timed yet.
+    # heads of up to 128) are fused kernels that do not. auto: splash if it can run, else xla.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     # Another run to start from: RUN, its work directory (also on gs://), or RUN@STEP for another
     # checkpoint than its newest. It must have the same student.path and lora, and stay where it is.
     start_from: str | None = None
     # What is taken from it. both: its student, its optimizer, the number of the step and its logs,
     # so that it goes on to train.num_steps, with the settings of this run. student: the weights;
-    # the steps begin at 0. optimizer: its moments and the number of the step.
+    # the steps begin at 0, the only way with a near_policy.schedule. optimizer: its moments and the
+    # number of the step.
     start_with: Literal["both", "student", "optimizer"] = "both"
     # Passes over the prompts, instead of num_steps: as many updates as show every prompt this
     # often, the last one filled with prompts of a further pass. None: num_steps counts.
@@ -154,9 +154,7 @@ class MeshConfig(Section):
     processes: Annotated[int, "-1 (all there are) or at least 1"] = 1
 
     def generator_devices(self, available: int) -> int:
-        """The devices, the last of those available, on which a generator thread samples: those that
-        the mesh leaves, or the fewest that can if `data` is -1.
-        """
+        """Devices of a generator thread, the last ones: those that the mesh leaves to it."""
         if self.data == -1:
             return self.tensor
         return available - self.data * self.fsdp * self.tensor

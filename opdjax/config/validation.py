@@ -101,9 +101,7 @@ def pairs_of(field: str, items: tuple[str, ...], expected: str) -> dict[str, str
 
 
 def convert(hint: Any, value: Any, path: str) -> Any:
-    """The value as the annotated type and in its range, or a ConfigError. Only an int for a float
-    is converted.
-    """
+    """The value as the annotated type and in its range, or a ConfigError; floats may be ints."""
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, path + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -138,9 +136,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def require_types(section: Any, path: str = "") -> None:
-    """Check a section made in Python as if it were read from a file; otherwise a wrong type would
-    be found only when its config.json is read back.
-    """
+    """Check a section made in Python as if it were read from a file."""
     for name, hint in hints_of(type(section)).items():
         value = getattr(section, name)
         if dataclasses.is_dataclass(hint):

@@ -955,6 +955,17 @@ JUDGED = {
         ({"verifier": JudgeConfig()}, "verifier.model"),
         ({"rubricator": JudgeConfig()}, "rubricator.model"),
         (
+            {
+                "estimator": EstimatorConfig("opd"),
+                "rubricator": JudgeConfig(),
+                "rubrics": RubricsConfig(refresh="given"),
+                "data": DataConfig(
+                    columns=("rubric=r",), teacher_prompt_format="{prompt}{reflection}"
+                ),
+            },
+            "rubricator.model is ''; expected the name of a model: opd asks this judge",
+        ),
+        (
             {"rubrics": RubricsConfig(stages=("a", "b=;"))},
             "none where the recipe is ropd: it has no stages",
         ),

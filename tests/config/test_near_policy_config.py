@@ -156,6 +156,11 @@ NEAR = NearPolicyConfig("refresh", 2)
             "teacher.path is '@student'; expected a checkpoint where the schedule is refresh",
         ),
         (
+            {"near_policy": NEAR, "train": TrainConfig(start_from="runs/a@3")},
+            "train.start_with is 'both'; expected student where near_policy.schedule is set "
+            "(--train.start-with student takes the weights alone)",
+        ),
+        (
             {"near_policy": NearPolicyConfig("refresh", 3)},
             "near_policy.num_epochs is 3; expected a divisor of train.num_steps, 100: every epoch "
             "has as many steps",
