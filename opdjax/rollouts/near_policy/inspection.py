@@ -46,15 +46,13 @@ class _Seen:
 
 
 def inspect(path: pathlib.Path, num_samples: int = 0) -> bool:
-    """Print the content of a shard, of a version's directory or of a work directory; return whether
-    everything is intact and complete.
+    """Print the content of a version's directory or of a work directory; return whether everything
+    is intact and complete.
 
     A damaged shard is printed with the reason, and the others are counted. `num_samples` samples,
     spread evenly, are printed as text if the config.json of the run names a tokenizer, else as ids.
     WorkdirError if the path holds no rollouts.
     """
-    if path.is_file():
-        return _inspect_shard(path, num_samples)
     unit, directories, groups = "number", [path], {}
     if not any(shards.shard_paths(path, stage) for stage in SCHEMAS):
         groups = {version: [] for version in shards.versions(path)}
@@ -62,8 +60,8 @@ def inspect(path: pathlib.Path, num_samples: int = 0) -> bool:
     if not directories:
         problem = "holds no rollouts" if path.exists() else "does not exist"
         raise WorkdirError(
-            f"{path} {problem}; expected a shard, a directory rollouts/VERSION or the work "
-            "directory of a run that stores its rollouts"
+            f"{path} {problem}; expected a directory rollouts/VERSION or the work directory of a "
+            "run that stores its rollouts"
         )
     damaged: list[str] = []
     places = itertools.product(directories, SCHEMAS)
@@ -88,26 +86,6 @@ def inspect(path: pathlib.Path, num_samples: int = 0) -> bool:
     _print_samples(samples, num_samples)
     # A sample without annotation is no problem: it may be annotated later.
     return not (damaged or orphaned or any(repeated))
-
-
-def _inspect_shard(path: pathlib.Path, num_samples: int) -> bool:
-    try:
-        seen = _Seen.of(path)
-    except ShardError as error:
-        print(f"damaged: {error}")
-        return False
-    print(_facts([seen]))
-    stage, (count, prompt_tokens, tokens, size) = seen.facts["stage"], seen.counts
-    counts = {"sample": count, "prompt": prompt_tokens, "token": tokens}
-    counts["top"] = tokens * seen.facts.get("top_k", 0)
-    rows = [[name, c.type, str(counts[c.per]), c.meaning] for name, c in SCHEMAS[stage].items()]
-    print(_table([["column", "type", "values", "meaning"], *rows], left=(0, 1, 3)))
-    print(f"{count} samples, {tokens} tokens, {_share(size, tokens)} bytes a token")
-    num_repeated = _num_repeated([seen])
-    if num_repeated:
-        print(f"not in order: {num_repeated} samples are there more than once")
-    _print_samples([seen] if stage == "samples" else [], num_samples)
-    return not num_repeated
 
 
 def _whole(
@@ -164,7 +142,6 @@ def _print_counts(unit: str, groups: dict[int, list[_Seen]]) -> None:
 
 
 def _print_filters(unit: str, documents: list[dict[str, Any]]) -> None:
-    """Print shares of all samples, and the kept shares of right and of wrong answers."""
     if not documents:
         return
     header = [unit, "filter", "bounds", "samples", "kept", *_ZONES]
@@ -178,14 +155,11 @@ def _print_filters(unit: str, documents: list[dict[str, Any]]) -> None:
         of_sides = [(sum(d["kept"] for d in side), sum(d["num"] for d in side)) for side in sides]
         shares = [_percent(*pair) for pair in [*((zone, count) for zone in zones), *of_sides]]
         kinds = sorted({f"{d['filter']} {d['form']}" for d in of})
-        bounds = sorted({f"{_bound(d['ifd_min'])} to {_bound(d['ifd_max'])}" for d in of})
+        name = lambda bound: "any" if bound is None else f"{bound:g}"
+        bounds = sorted({f"{name(d['ifd_min'])} to {name(d['ifd_max'])}" for d in of})
         limits = bounds[0] if len(bounds) == 1 else f"{len(bounds)} of them"
         rows.append([str(key), ", ".join(kinds), limits, str(count), *shares])
     print(_table(rows, left=(1, 2)))
-
-
-def _bound(value: float | None) -> str:
-    return "any" if value is None else f"{value:g}"
 
 
 def _share(part: float, whole: float) -> str:
@@ -206,7 +180,6 @@ def _table(rows: list[list[str]], left: tuple[int, ...] = ()) -> str:
 
 
 def _facts(shards: list[_Seen]) -> str:
-    """The facts that the writers stored, each value once."""
     names = sorted({name for seen in shards for name in seen.facts} - {"stage", "number"})
     values = {name: sorted({str(seen.facts.get(name)) for seen in shards}) for name in names}
     return f"{shards[0].facts['stage']}: " + ", ".join(
@@ -218,7 +191,6 @@ def _facts(shards: list[_Seen]) -> str:
 
 
 def _print_samples(all_seen: list[_Seen], num_samples: int) -> None:
-    """Print this many samples, spread evenly over the shards."""
     starts = [0, *itertools.accumulate(len(seen.keys) for seen in all_seen)]
     chosen = np.linspace(0, starts[-1], min(num_samples, starts[-1]), endpoint=False).astype(int)
     if not len(chosen):

@@ -5,18 +5,14 @@ start of the file's sha256, so a damaged shard is always noticed. No jax.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import io
 import itertools
 import json
 import os
 import pathlib
-import platform
 import re
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -36,76 +32,44 @@ class ShardColumn:
     """A column of a shard: one value per sample, or a list of values."""
 
     type: Literal["int32", "bool", "float16", "float32", "float64"]
-    meaning: str
     # sample: one value per sample. Any other name: one list per sample; all columns of that name
     # have lists of the same length. top: top_k values per token.
     per: Literal["sample", "prompt", "token", "top"] = "sample"
     is_nullable: bool = False  # null means not computed, and is read as NaN
 
 
-def _mean_nll(whose: str, condition: str) -> ShardColumn:
-    return ShardColumn(
-        "float64", f"{whose} mean NLL of the completion {condition}", is_nullable=True
-    )
-
-
-_WHICH = {
-    "prompt_id": ShardColumn("int32", "index into the prompts"),
-    "sample_id": ShardColumn("int32", "which of the prompt's samples"),
-    "policy_version": ShardColumn("int32", "updates of the weights that sampled it"),
-}
-# Log-probabilities are in nats. A mean NLL is in nats per token, over the whole completion, at
-# temperature 1 and without filters.
+_ID, _NLL = ShardColumn("int32"), ShardColumn("float64", "sample", True)
+_WHICH = {"prompt_id": _ID, "sample_id": _ID, "policy_version": _ID}
+# Log-probs are in nats. A mean NLL is in nats per token, over the whole completion, at temperature
+# 1 and without filters; `alone`: without the prompt.
 SCHEMAS: dict[str, dict[str, ShardColumn]] = {
     "samples": {
-        "step": ShardColumn("int32", "the update it was sampled for; under refresh the version"),
+        "step": _ID,  # the update it was sampled for; under refresh the version
         **_WHICH,
-        "is_truncated": ShardColumn("bool", "reached the maximum length without a stop token"),
-        "prompt_tokens": ShardColumn("int32", "the prompt as the student reads it", "prompt"),
-        "tokens": ShardColumn("int32", "the completion, including its stop token", "token"),
-        "behavior_logprobs": ShardColumn(
-            "float32", "of the distribution sampled from, temperature and filters included", "token"
-        ),
-        "unfiltered_logprobs": ShardColumn(
-            "float32", "of the student at the sampling temperature, without filters", "token"
-        ),
-        "student_nll": _mean_nll("the student's", "given the prompt"),
-        "student_alone_nll": _mean_nll("the student's", "without the prompt"),
+        "is_truncated": ShardColumn("bool"),
+        "prompt_tokens": ShardColumn("int32", "prompt"),  # as the student reads it
+        "tokens": ShardColumn("int32", "token"),  # the completion, including its stop token
+        "behavior_logprobs": ShardColumn("float32", "token"),
+        "unfiltered_logprobs": ShardColumn("float32", "token"),
+        "student_nll": _NLL,
+        "student_alone_nll": _NLL,
     },
     "annotations": {
         **_WHICH,
-        "teacher_logprobs": ShardColumn(
-            "float32",
-            "of the completion's tokens, by the teacher's full softmax at the sampling temperature",
-            "token",
-        ),
-        "teacher_ids": ShardColumn(
-            "int32", "the teacher's top_k likeliest ids at each token, likeliest first", "top"
-        ),
-        "teacher_top_logprobs": ShardColumn(
-            "float16", "of teacher_ids, by the same softmax", "top"
-        ),
-        "teacher_nll": _mean_nll("the teacher's", "given the prompt"),
-        "teacher_alone_nll": _mean_nll("the teacher's", "without the prompt"),
+        # By the teacher's full softmax at the sampling temperature, as for its likeliest ids.
+        "teacher_logprobs": ShardColumn("float32", "token"),
+        "teacher_ids": ShardColumn("int32", "top"),  # the likeliest first
+        "teacher_top_logprobs": ShardColumn("float16", "top"),
+        "teacher_nll": _NLL,
+        "teacher_alone_nll": _NLL,
     },
 }
 SCHEMA_VERSION = 1  # increases with every change of what is stored
-# Limits of one shard, which the writer keeps and the reader checks before it reads and decodes.
-_MAX_BYTES, _MAX_ROWS = 2**35, 2**24
 _MAX_VALUES = 2**31 - 1  # of a column: Arrow's offsets are int32
 _NAME = re.compile(rf"({'|'.join(SCHEMAS)})-(\d{{8,}})\.([0-9a-f]{{16}})\.parquet")
 # Key of the file's metadata that holds the facts, as one JSON object that keeps their types.
 _KEY = b"opdjax"
-_MAGIC = b"PAR1"  # first and last bytes of every Parquet file
 _ADVICE = "delete the file, and the command that wrote it writes it again"
-_REMEDIES = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room within your quota there",
-    errno.EFBIG: "let files grow larger (ulimit -f)",
-}
-# Seconds after which another machine's partial file counts as abandoned: whether its writer is
-# alive cannot be checked, and no write takes that long.
-_ABANDONED_AFTER = 3600.0
 
 
 class ShardError(ValueError):
@@ -122,9 +86,7 @@ class StorageError(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The content of one file, in SCHEMAS' types. A column of one value per sample is an array, a
-    column of lists is a list of arrays.
-    """
+    """The content of one file, in SCHEMAS' types; a column of lists is a list of arrays."""
 
     columns: dict[str, np.ndarray | list[np.ndarray]]
     facts: dict[str, str | int]  # those of the writer, and `schema`, `stage` and `number`
@@ -213,11 +175,6 @@ def read_shard(path: pathlib.Path) -> Shard:
     ShardError, with what is wrong and what to do, if the file is not the one that was written.
     """
     match = _NAME.fullmatch(path.name)
-    if not match:
-        raise ShardError(
-            f"{path} does not have the name of a shard; expected {' or '.join(SCHEMAS)}"
-            "-NUMBER.DIGEST.parquet"
-        )
     stage, number, data = match[1], int(match[2]), _read_bytes(path, match[3])
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
@@ -237,7 +194,6 @@ def read_shard(path: pathlib.Path) -> Shard:
             "restore its name"
         )
     try:
-        _require_limits(file.metadata.num_rows, _num_values(file.metadata))
         # Not read_table: its scanner starts threads, and a python that exits meanwhile aborts.
         columns = _checked(stage, file.read(use_threads=False), facts)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -256,12 +212,13 @@ def write_filter(directory: pathlib.Path, number: int, document: Mapping[str, An
 
 def write_whole(path: pathlib.Path, data: bytes) -> pathlib.Path:
     """Write a file atomically: it appears under its name only when all its bytes are on the disk.
-    StorageError if it cannot be stored.
+    StorageError if it cannot be stored. The caller is the only writer of its stage and number.
     """
-    partial = path.with_name(f"{path.name}.partial-{platform.node()}-{os.getpid()}")
+    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
+        for abandoned in path.parent.glob(f"{path.name.split('.')[0]}.*.partial*"):
+            abandoned.unlink(missing_ok=True)  # of a writer that was killed
         try:
             with partial.open("wb") as file:
                 file.write(data)
@@ -277,34 +234,12 @@ def write_whole(path: pathlib.Path, data: bytes) -> pathlib.Path:
         finally:
             os.close(descriptor)
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "repair that")
         raise StorageError(
             f"{path.name} ({len(data)} bytes) could not be stored in {path.parent}: "
-            f"{error.strerror}; everything stored before it is intact: {remedy} and run the same "
-            "command again"
+            f"{error.strerror}; everything stored before it is intact: make room there or repair "
+            "that, and run the same command again"
         ) from error
     return path
-
-
-def _remove_abandoned(path: pathlib.Path) -> None:
-    """Delete partial files of the same stage and number whose writers were killed."""
-    for partial in path.parent.glob(f"{path.name.split('.')[0]}.*.partial-*"):
-        node, _, process = partial.name.rpartition(".partial-")[2].rpartition("-")
-        is_killed = node == platform.node() and not _is_another_alive(int(process))
-        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
-            if is_killed or time.time() - partial.stat().st_mtime > _ABANDONED_AFTER:
-                partial.unlink()
-
-
-def _is_another_alive(process: int) -> bool:
-    """Whether another process has this id. This one has no other partial file of its own."""
-    try:
-        os.kill(process, 0)
-    except PermissionError:  # another user's
-        return True
-    except ProcessLookupError:
-        return False
-    return process != os.getpid()
 
 
 # Columns and bytes
@@ -328,7 +263,8 @@ def _array(values: Sequence, column: ShardColumn, name: str) -> pa.Array:
         raise ValueError(
             f"{name} holds values that are not {column.type}: {flat[cast != flat][:3].tolist()}"
         )
-    _require_limits(len(values), len(flat) + len(values))
+    if len(flat) > _MAX_VALUES:
+        raise ValueError(f"{name} holds {len(flat)} values; expected at most {_MAX_VALUES}")
     array = pa.array(cast, from_pandas=column.is_nullable)
     if column.per == "sample":
         return array
@@ -374,37 +310,18 @@ def _checked(
     return found
 
 
-def _num_values(metadata: pq.FileMetaData) -> int:
-    """The values of the longest column; an empty list counts as one."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    counts = (sum(g.column(i).num_values for g in groups) for i in range(metadata.num_columns))
-    return max(counts, default=0)
-
-
-def _require_limits(num_samples: int, num_values: int) -> None:
-    if num_samples > _MAX_ROWS or num_values > _MAX_VALUES:
-        raise ValueError(
-            f"it holds {num_samples} samples and up to {num_values} values in a column; expected "
-            f"at most {_MAX_ROWS} and {_MAX_VALUES}: store fewer samples in a shard"
-        )
-
-
 def _read_bytes(path: pathlib.Path, digest: str) -> bytes:
     """The bytes of a file of this digest, read and hashed once."""
     try:
-        size = path.stat().st_size
-        data = path.read_bytes() if size <= _MAX_BYTES else None
+        data = path.read_bytes()
     except OSError as error:
         raise ShardError(
             f"{path} cannot be read: {error.strerror}; it may be intact: repair its storage and "
             "run the command again"
         ) from error
-    if data is None:
-        raise ShardError(f"{path} has {size} bytes; expected at most {_MAX_BYTES}; {_ADVICE}")
     if hashlib.sha256(data).hexdigest()[:16] != digest:
-        found = "corrupted" if data.endswith(_MAGIC) else "truncated, or corrupted at its end"
         raise LostShardError(
-            f"{path} is {found}: its {len(data)} bytes do not have the digest in its name; "
-            f"{_ADVICE}"
+            f"{path} is truncated or corrupted: its {len(data)} bytes do not have the digest in "
+            f"its name; {_ADVICE}"
         )
     return data

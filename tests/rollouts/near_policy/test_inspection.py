@@ -150,21 +150,6 @@ def test_a_version_is_counted_by_number(run, look):
     assert lines[4].startswith("0 ifd nll_ratio 0 to 0.8 8 62.5 %")
 
 
-def test_a_shard_tells_its_columns(run, look):
-    is_in_order, lines = look(
-        shards.shard_paths(shards.version_directory(run, 12), "annotations")[0]
-    )
-    assert is_in_order
-    assert lines[0] == "annotations: schema 1, top_k 2"
-    tokens = 4 * 13
-    assert (
-        f"teacher_logprobs float32 {tokens} of the completion's tokens, by the teacher's full "
-        f"softmax at the sampling temperature" in lines
-    )
-    assert any(line.startswith(f"teacher_ids int32 {2 * tokens} ") for line in lines)
-    assert lines[-1].startswith(f"4 samples, {tokens} tokens, ")
-
-
 def test_damage_is_named_and_the_rest_is_counted(run, look):
     directory = shards.version_directory(run, 0)
     damaged = shards.shard_paths(directory, "samples")[1]
@@ -179,9 +164,6 @@ def test_damage_is_named_and_the_rest_is_counted(run, look):
             for line in lines
         )
         assert any("0 repeated, 4 without sample" in line for line in lines)
-    is_in_order, lines = look(damaged)
-    assert not is_in_order
-    assert len(lines) == 1
 
 
 def test_samples_may_wait_for_their_annotation(run, look):
@@ -212,9 +194,10 @@ def test_a_sample_stored_twice_is_told(run, look, tokenizer):
     is_in_order, lines = look(run)
     assert is_in_order
     twice = samples_of(0, 1, tokenizer) | {"sample_id": [0, 0, 1, 1]}
-    is_in_order, lines = look(shards.write_shard(directory, "samples", 3, twice, {}))
+    shards.write_shard(directory, "samples", 3, twice, {})
+    is_in_order, lines = look(directory)
     assert not is_in_order
-    assert "not in order: 2 samples are there more than once" in lines
+    assert any(line.startswith("16 samples: 4 repeated, ") for line in lines)
 
 
 def test_samples_are_shown_as_text_where_the_run_names_a_tokenizer(run, look):
@@ -234,8 +217,7 @@ def test_samples_are_shown_as_text_where_the_run_names_a_tokenizer(run, look):
 
 def test_samples_are_shown_as_ids_without_it(run, look, tokenizer):
     (run / "config.json").unlink()
-    path = shards.shard_paths(shards.version_directory(run, 12), "samples")[0]
-    _, lines = look(path, 2)
+    _, lines = look(shards.version_directory(run, 12), 2)
     assert any(
         line.startswith(f"note: tokens are shown as ids: {run} has no config.json")
         for line in lines
@@ -247,7 +229,7 @@ def test_samples_are_shown_as_ids_without_it(run, look, tokenizer):
 def test_what_holds_no_rollouts_is_refused(tmp_path):
     with pytest.raises(
         WorkdirError,
-        match=f"{tmp_path} holds no rollouts; expected a shard, a directory rollouts/VERSION",
+        match=f"{tmp_path} holds no rollouts; expected a directory rollouts/VERSION",
     ):
         inspect(tmp_path)
     with pytest.raises(WorkdirError, match="nowhere does not exist"):
