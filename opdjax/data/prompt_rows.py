@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from opdjax.data.chat import CALLS, Message, Messages, as_messages, text_of
-from opdjax.data.sources import ColumnMap, DataError, read_rows, value_at
+from opdjax.data.sources import SKIP_ADVICE, ColumnMap, DataError, read_rows, value_at
 from opdjax.data.tokenizer import REASONING
 
 MEAN = "mean"  # reserved: names the mean over all benchmarks in metrics
@@ -63,7 +63,7 @@ def read_prompts(
             rows.append(_parse_row(row, columns))
         except DataError as error:
             if skipped is None:
-                raise DataError(f"{place}: {error}") from error
+                raise DataError(f"{place}: {error}; {SKIP_ADVICE}") from error
             skipped.append(f"{place}: {error}")
     if skipped:
         print(f"skipped {len(skipped)} bad rows (data.skip_bad_rows), first {skipped[0]}")

@@ -17,7 +17,7 @@ from opdjax.config import JUDGED_FIELDS, TEACHER_FIELDS, DataConfig
 from opdjax.data.chat import Message, Messages, as_messages, reads_clock, render, text_of
 from opdjax.data.prompt_rows import Prompt, read_prompts, require_field
 from opdjax.data.references import read_index, references_of
-from opdjax.data.sources import ColumnMap, DataError
+from opdjax.data.sources import SKIP_ADVICE, ColumnMap, DataError
 from opdjax.runs.object_store import local_copy
 from opdjax.types import PromptBatch
 
@@ -57,17 +57,23 @@ def dated(data: DataConfig, student: Any, teacher: Any, today: str | None = None
     return dataclasses.replace(data, date=today or datetime.date.today().isoformat())
 
 
-def load_rows(data: DataConfig, tokenizer: Any, stop_ids: Sequence[int] = ()) -> list[Prompt]:
+def load_rows(
+    data: DataConfig,
+    tokenizer: Any,
+    stop_ids: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+) -> list[Prompt]:
     """The rows of `data.source`; where `data.references` is set, with the answers it stores.
 
-    A reference ends before the first special token of `stop_ids` in it. ReferenceMissError if the
-    index lacks a prompt, except one that is too long for the student (whose tokenizer is given):
-    every run leaves it out, so `opdjax references` skips it.
+    A reference ends before the first special token of `stop_ids` in it, and after the first of the
+    `stop_strings`. ReferenceMissError if the index lacks a prompt, except one that is too long for
+    the student (whose tokenizer is given): every run leaves it out, so `opdjax references` skips
+    it.
     """
     columns = ColumnMap(**data.column_names)
     rows = read_prompts(data.source, columns, skips_bad_rows=data.skip_bad_rows)
     if data.references is None:
-        return _ended(rows, tokenizer, stop_ids)
+        return _ended(rows, tokenizer, stop_ids, stop_strings)
 
     def is_left_out(number: int) -> bool:
         place = f"prompt {number} of {data.source}"
@@ -76,18 +82,23 @@ def load_rows(data: DataConfig, tokenizer: Any, stop_ids: Sequence[int] = ()) ->
     index, prompts = read_index(local_copy(data.references)), [row.with_tools for row in rows]
     found = references_of(index, prompts, data.source, is_left_out)
     answered = [dataclasses.replace(row, references=texts) for row, texts in zip(rows, found)]
-    return _ended(answered, tokenizer, stop_ids)
+    return _ended(answered, tokenizer, stop_ids, stop_strings)
 
 
-def _ended(rows: list[Prompt], tokenizer: Any, stop_ids: Sequence[int]) -> list[Prompt]:
-    """The rows with references that end before the first special token of `stop_ids`."""
+def _ended(
+    rows: list[Prompt], tokenizer: Any, stop_ids: Sequence[int], stop_strings: Sequence[str]
+) -> list[Prompt]:
+    """The rows with references that end where a sampled answer would: see `load_rows`."""
     is_special = lambda token: not tokenizer.decode([token], skip_special_tokens=True)
-    ends = [re.escape(tokenizer.convert_ids_to_tokens(n)) for n in stop_ids if is_special(n)]
-    if not ends:
-        return rows
-    end = re.compile("|".join(ends))
-    cut = lambda texts: tuple(filter(None, (end.split(text, maxsplit=1)[0] for text in texts)))
-    return [dataclasses.replace(row, references=cut(row.references)) for row in rows]
+    special = [tokenizer.convert_ids_to_tokens(n) for n in stop_ids if is_special(n)]
+
+    def cut(text: str) -> str:
+        starts = [at for end in special if (at := text.find(end)) >= 0]
+        ends = [at + len(end) for end in stop_strings if (at := text.find(end)) >= 0]
+        return text[: min(starts + ends, default=len(text))]
+
+    ended = lambda texts: tuple(filter(None, map(cut, texts)))
+    return [dataclasses.replace(row, references=ended(row.references)) for row in rows]
 
 
 def messages_of(row: Prompt, data: DataConfig) -> list[Message]:
@@ -203,7 +214,7 @@ def encode_prompts(
                 longest = max(ids, shown, key=len)
         except DataError as error:
             if not data.skip_bad_rows:
-                raise
+                raise DataError(f"{error}; {SKIP_ADVICE}") from error
             skipped.append(f"{error}")
             continue
         if len(longest) > limit:

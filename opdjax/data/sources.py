@@ -40,6 +40,7 @@ _EXPECTED = (
     "arithmetic:SPLIT, a .jsonl, .json, .csv or .parquet file, parquet:PATH, "
     "hf:NAME[@CONFIG]#SPLIT or tfds:NAME[/CONFIG][:VERSION]#SPLIT"
 )
+SKIP_ADVICE = "repair the row, or leave out such rows with --data.skip-bad-rows"
 _CHUNK = 1024  # rows converted to Python values at a time
 _MAX_CELL = 2**30  # characters of a cell of a CSV file
 
@@ -126,7 +127,7 @@ def _readable(rows: Iterator[tuple[str, bytes]], skipped: list[str] | None) -> R
             row = _json_object(line, place)
         except DataError as error:
             if skipped is None:
-                raise
+                raise DataError(f"{error}; {SKIP_ADVICE}") from error
             skipped.append(str(error))
         else:
             yield place, row

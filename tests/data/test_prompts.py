@@ -94,7 +94,9 @@ def test_files_that_people_have_need_no_prefix(tmp_path):
     for name in ("rows.json", "rows.csv"):
         assert read_prompts(str(tmp_path / name)) == expected, name
     write("rows.csv", "answer,prompt\n1\n")
-    with pytest.raises(DataError, match=r"rows\.csv, line 2: .* a cell for each column"):
+    with pytest.raises(
+        DataError, match=r"rows\.csv, line 2: .* a cell for each column.*; .*--data\.skip-bad-rows"
+    ):
         read_prompts(str(tmp_path / "rows.csv"))
 
 
