@@ -136,7 +136,7 @@ def _prepared(config: Config, today: str) -> Setup:
         if config.mesh.processes != 1 or teacher == STUDENT:
             raise
         print(f"{teacher} writes the missing answers of {config.data.references}", flush=True)
-    write_references(config)
+    write_references(config, today)
     return prepare(config, today)
 
 

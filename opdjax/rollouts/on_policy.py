@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -84,9 +85,7 @@ def draw(
 
 
 def step_rollouts(setup: Setup, params: Params, prompts: PromptBatch, step: int) -> Rollouts:
-    """The completions of a step: sampled from the student, written by the teacher, taken from the
-    data, or each row by the student or otherwise, as `student_rows` says.
-    """
+    """The completions of a step, each row by the student or otherwise, as `student_rows` says."""
     if setup.config.sampling.completions_from == "student":
         return draw(setup, params, prompts, step)
     is_own = student_rows(setup.config, step)
@@ -112,8 +111,10 @@ def _given_rollouts(
     end = end if end in stop else stop[0]
     if sampling.completions_from == "references":
         chosen = _chosen_references(setup.prompts, config, prompts, step)
-        given = [setup.tokenizer.encode(text, add_special_tokens=False) for text in chosen]
-        answers = [[*_before_stop(ids, stop), end] for ids in given]
+        encode = partial(setup.tokenizer.encode, add_special_tokens=False)
+        # A stop string ends an answer by itself, as in a sampled one.
+        ends = [[] if text.endswith(setup.student.stop_strings) else [end] for text in chosen]
+        answers = [_before_stop(encode(text), stop) + own for text, own in zip(chosen, ends)]
         return answer_rows(prompts, answers, length, step)
     teacher = setup.teacher
     texts = draw(setup, teacher.params, for_teacher(prompts), step, teacher, is_wanted)

@@ -42,9 +42,7 @@ from opdjax.runs.workdir import environment
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """The model that supervises: a frozen one, or the student, whose weights `with_current_teacher`
-    fills in at each step.
-    """
+    """The model that supervises; if it is the student, `with_current_teacher` gives the weights."""
 
     checkpoint: Checkpoint
     params: Params | None
@@ -93,7 +91,7 @@ def prepare(config: Config, today: str | None = None) -> Setup:
     if needs_teacher(config):
         checkpoint = student
         if not config.teacher_is_student:
-            checkpoint = _with_stop_strings(open_checkpoint(*config.teacher.place), config)
+            checkpoint = open_teacher(config)
         checkpoint = _with_attention(checkpoint, config.train, "teacher")
         require_divides(checkpoint.config, mesh.shape, "the teacher")
         teacher_tokenizer = load_tokenizer(checkpoint.path)
@@ -106,7 +104,7 @@ def prepare(config: Config, today: str | None = None) -> Setup:
         shares_vocabulary = False
     data = dated(config.data, tokenizer, teacher_tokenizer, today)
     config = dataclasses.replace(config, data=data)
-    rows = load_rows(config.data, tokenizer, decoding.stop_token_ids)
+    rows = load_rows(config.data, tokenizer, decoding.stop_token_ids, student.stop_strings)
     require_reward_data(config, rows)
     prompts = encode_prompts(rows, config.data, tokenizer, teacher_tokenizer)
     config = config.with_steps_over(len(prompts))
@@ -144,9 +142,7 @@ def prepare(config: Config, today: str | None = None) -> Setup:
 
 
 def as_recorded(config: Config, setup: Setup) -> Config:
-    """The config of a run as its work directory records it: with the step that it starts from and
-    its day, and with train.num_epochs as it was given.
-    """
+    """The config that a work directory records: with the first step and the day of the setup."""
     given = {name: getattr(config.train, name) for name in ("num_steps", "num_epochs")}
     train = dataclasses.replace(setup.config.train, **given)
     data = dataclasses.replace(config.data, date=setup.config.data.date)
@@ -154,12 +150,15 @@ def as_recorded(config: Config, setup: Setup) -> Config:
 
 
 def open_student(config: Config) -> Checkpoint:
-    """The student's checkpoint, with the scale of the run's adapters in its model config, and with
-    the run's stop strings.
-    """
+    """The student's checkpoint, with the scale of the run's adapters and its stop strings."""
     student = open_checkpoint(*config.student.place)
     model = dataclasses.replace(student.config, lora_scale=config.lora.scale)
     return _with_stop_strings(dataclasses.replace(student, config=model), config)
+
+
+def open_teacher(config: Config) -> Checkpoint:
+    """The checkpoint `teacher.path`, with the run's stop strings."""
+    return _with_stop_strings(open_checkpoint(*config.teacher.place), config)
 
 
 def _with_stop_strings(checkpoint: Checkpoint, config: Config) -> Checkpoint:
@@ -176,9 +175,7 @@ def _with_attention(checkpoint: Checkpoint, train: TrainConfig, role: str) -> Ch
 def attention_of(
     train: TrainConfig, head_size: int, role: str, backend: str | None = None
 ) -> Implementation:
-    """The attention implementation of a model on a backend (None: this machine's); ConfigError if
-    the requested one cannot run.
-    """
+    """A model's attention on a backend (None: this one's); ConfigError if it cannot run there."""
     backend, name = backend or jax.default_backend(), train.attention
     if name == "auto":
         return "splash" if backend == "tpu" and head_size in SPLASH_HEAD_SIZES else "xla"
@@ -279,9 +276,7 @@ def with_teacher_weights(teacher: Teacher, params: Params, config: Config) -> Te
 
 
 def with_current_teacher(setup: Setup, params: Params) -> Setup:
-    """If the student is its own teacher, the setup whose teacher has these weights (not copied);
-    else the setup unchanged.
-    """
+    """If the student is its own teacher, the setup whose teacher has these weights, not copied."""
     if setup.teacher is None or not setup.config.teacher_is_student:
         return setup
     teacher = with_teacher_weights(setup.teacher, params, setup.config)
@@ -362,9 +357,7 @@ def num_ids(checkpoint: Checkpoint, tokenizer: Any) -> int:
 
 
 def stop_ids(checkpoint: Checkpoint, tokenizer: Any, more: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """End-of-sequence ids of the generation config and of the tokenizer, and `more`; ConfigError if
-    the former two name none.
-    """
+    """End-of-sequence ids of checkpoint and tokenizer, ConfigError for none; and `more`."""
     ids = {*checkpoint.stop_token_ids} | ({tokenizer.eos_token_id} - {None})
     if not ids:
         raise ConfigError(

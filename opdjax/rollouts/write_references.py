@@ -34,12 +34,13 @@ from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.evaluate import completions
 from opdjax.engine.sampler import sample
 from opdjax.judge.replies import ApiError, ApiRequestError, ApiUnavailableError
-from opdjax.models.hf import fingerprint, load_params, open_checkpoint
+from opdjax.models.hf import fingerprint, load_params
 from opdjax.ops.sharding import make_mesh, to_host
 from opdjax.rollouts.setup import (
     compute_dtype,
     decoding_of,
     open_student,
+    open_teacher,
     student_view,
     teacher_view,
 )
@@ -57,9 +58,9 @@ _ANY_LENGTH = 2**31 - 1  # in tokens
 _TRUNCATED = ("length", "content_filter")  # finish reasons of an incomplete reply
 
 
-def teach(config: Config) -> dict[str, float]:
+def teach(config: Config, today: str | None = None) -> dict[str, float]:
     """Fill the index `data.references` for all prompts of `data.source` that a run would use, and
-    return the counts to report.
+    return the counts to report. `today` (None: by the clock): see `setup.prepare`.
 
     ConfigError without an index or a teacher; ReferenceIndexError if the index is another teacher's
     or is being written; the client's errors. Earlier answers are kept in any case.
@@ -68,10 +69,10 @@ def teach(config: Config) -> dict[str, float]:
     open_answerer = _api_answerer if config.teach.model else _checkpoint_answerer
     with _locked_index(config.data.references) as (path, upload):
         may_differ = ("date",) if config.data.date is None else ()
-        index = open_index(path, _identity(config), may_differ)
+        index = open_index(path, _identity(config, today), may_differ)
         # Prompts of a template that reads the clock are those of the day the index was begun.
-        data = dataclasses.replace(config.data, date=config.data.date or index.teacher.get("date"))
-        config = dataclasses.replace(config, data=data)
+        date = config.data.date or index.teacher.get("date") or today
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
         rows, num_left_out = _rows_to_answer(config)
         count, metrics = config.teach.num_answers, Counter()
         missing = [(row, index.missing(row.with_tools, count)) for row in rows]
@@ -101,7 +102,6 @@ def _rows_to_answer(config: Config) -> tuple[list[Prompt], int]:
 
 
 def _check_settings(config: Config) -> None:
-    """ConfigError for settings without an effect; a note if all answers would be the same."""
     expected = "the file that the answers are written to"
     require(config.data.references is not None, "data.references", None, expected)
     processes, expected = config.mesh.processes, "1: a single process asks the teacher"
@@ -110,11 +110,6 @@ def _check_settings(config: Config) -> None:
     expected = f"a checkpoint, or a model behind an API (teach.model): {STUDENT} is of no use "
     expected += "before it is trained"
     require(is_possible, "teacher.path", STUDENT, expected)
-    if config.teach.temperature == 0 and config.teach.num_answers > 1:
-        print(
-            f"note: {config.teach.num_answers} answers are sampled at temperature 0, so they are "
-            "likely to be the same"
-        )
 
 
 @contextlib.contextmanager
@@ -129,9 +124,8 @@ def _locked_index(references: str) -> Iterator[tuple[pathlib.Path, Callable[[], 
                 held.enter_context(locked(path.parent, f"teach-{path.name}"))
                 upload = lambda: None
         except WorkdirError as error:
-            is_busy = is_remote(references) or isinstance(error.__cause__, BlockingIOError)
             found = f"cannot be written: {error.__cause__}"
-            if is_busy:
+            if is_remote(references) or isinstance(error.__cause__, BlockingIOError):
                 found = "is being written by another opdjax references: wait for it"
             raise ReferenceIndexError(
                 f"data.references, {references}, {found}, or name another file"
@@ -139,7 +133,7 @@ def _locked_index(references: str) -> Iterator[tuple[pathlib.Path, Callable[[], 
         yield path, upload
 
 
-def _identity(config: Config) -> dict[str, Any]:
+def _identity(config: Config, today: str | None) -> dict[str, Any]:
     """The teacher, its sampling and its prompts. An index holds answers of only one identity."""
     shown = config.data
     if config.teach.model:
@@ -148,19 +142,20 @@ def _identity(config: Config) -> dict[str, Any]:
         # Indexes of earlier versions hold the seed too.
         identity = {name: getattr(endpoint, name) for name in names} | {"seed": None}
     else:
-        shown = teacher_view(config.data)
-        identity = {"checkpoint": fingerprint(open_checkpoint(*config.teacher.place))}
+        shown, checkpoint = teacher_view(config.data), open_teacher(config)
+        identity = {"checkpoint": fingerprint(checkpoint)}
+        if config.sampling.stop_strings:
+            identity["stop_strings"] = config.sampling.stop_strings
         identity |= _distribution(config.teach) | {"seed": config.seed}
         identity |= {"max_completion_length": config.teach.max_completion_length}
         identity |= dict(zip(("format", "enable_thinking"), shown.student_template))
-        tokenizer = load_tokenizer(open_checkpoint(*config.teacher.place).path)
-        if (date := dated(shown, tokenizer, tokenizer).date) and reads_clock(tokenizer):
+        tokenizer = load_tokenizer(checkpoint.path)
+        if (date := dated(shown, tokenizer, tokenizer, today).date) and reads_clock(tokenizer):
             identity["date"] = date
     return identity | {"prompt_format": shown.prompt_format, "system_prompt": shown.system_prompt}
 
 
 def _counts(index: ReferenceIndex, rows: list[Prompt], count: int) -> dict[str, float]:
-    """Counts of the answers that the index has for these prompts."""
     found = [index.answers.get(key_of(row.with_tools), {}) for row in rows]
     every = [answer for answers in found for answer in answers.values()]
     usable = [index.usable(row.with_tools) for row in rows]
@@ -180,7 +175,6 @@ def _counts(index: ReferenceIndex, rows: list[Prompt], count: int) -> dict[str, 
 
 
 def _distribution(settings: TeachConfig) -> dict[str, float]:
-    """Temperature and top_p of a checkpoint's answers."""
     given = {"temperature": settings.temperature, "top_p": settings.top_p}
     return {name: 1.0 if value is None else value for name, value in given.items()}
 
@@ -191,7 +185,7 @@ def _checkpoint_answerer(
 ) -> Iterator[Answerer]:
     """Samples the teacher's checkpoint on the run's devices."""
     settings, mesh = config.teach, make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    checkpoint = open_checkpoint(*config.teacher.place)
+    checkpoint = open_teacher(config)
     tokenizer = load_tokenizer(checkpoint.path)
     data = dataclasses.replace(teacher_view(config.data), max_prompt_length=_ANY_LENGTH)
     prompts = encode_prompts([row for row, _ in pending], data, tokenizer, tokenizer)

@@ -186,6 +186,30 @@ def test_given_answers_are_cut_at_their_first_stop_token(tmp_path):
     assert "the mask is 1 on a token that was not sampled" in found.message
 
 
+def test_given_answers_are_cut_after_their_first_stop_string(data):
+    """It ends them by itself, as it ends sampled ones."""
+    config = taught(
+        "references",
+        data={"source": str(data)},
+        sampling={"stop_strings": ("#", ";4")},
+        train={"num_steps": 1, "prompts_per_step": 2},
+    )
+    setup = prepare(config)
+    assert setup.prompts.prompts[0].references == ("3+1=4", "3+1=4;4")
+    batches = [OnPolicySource(setup).next(step, Timer()) for step in (0, 1)]
+    rows = [
+        setup.tokenizer.decode(row[keep].tolist())
+        for batch in batches
+        for row, keep in zip(batch.rollouts.tokens, batch.rollouts.mask)
+    ]
+    end = "<|im_end|>"
+    assert sorted(rows) == ["3+1=4;4", f"3+1=4{end}", "5+1=6;6+1=7#", f"5+1=6{end}"]
+    for batch in batches:
+        width = batch.rollouts.tokens.shape[1] - config.sampling.max_completion_length
+        found = check_mask(batch.batch, batch.rollouts, width, setup.decoding)
+        assert found.status == "ok", found
+
+
 def test_a_teacher_of_another_vocabulary_writes_answers_that_end_as_the_students(tmp_path):
     """A chat teacher ends its turn with a token that a base student does not stop at: if it stayed,
     the student would learn to run on. A foreign vocabulary rules out its scores, not its text.

@@ -19,7 +19,7 @@ from opdjax.config.validation import ConfigError, to_dict
 from opdjax.data.references import ReferenceIndexError, read_index
 from opdjax.diagnose.doctor import run_checks
 from opdjax.rollouts.setup import facts, prepare
-from opdjax.rollouts.write_references import teach
+from opdjax.rollouts.write_references import _identity, teach
 from opdjax.runs.workdir import WorkdirError, claim, first_day, read_config, read_run_config
 from opdjax.sweeps.claims import SweepDirectory
 from opdjax.sweeps.runner import _write_points
@@ -70,6 +70,10 @@ def test_a_run_keeps_the_day_on_which_it_began(clocked, on_day, tmp_path):
     assert prepare(read_config(tmp_path)).prompts.digest == prompts
     with pytest.raises(WorkdirError, match=f"data.date: {days[1]!r} -> {days[0]!r}"):
         train(vary(clocked, data={"date": days[0]}), tmp_path)
+
+
+def test_references_that_a_run_writes_are_of_the_day_of_the_run(clocked):
+    assert _identity(clocked, "2024-07-26")["date"] == "2024-07-26"
 
 
 def test_a_run_that_recorded_no_day_continues_on_the_day_it_is_given(clocked, on_day, tmp_path):

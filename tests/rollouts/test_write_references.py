@@ -24,6 +24,7 @@ from opdjax.config import (
     DataConfig,
     MeshConfig,
     ModelConfig,
+    SamplingConfig,
     TeachConfig,
 )
 from opdjax.config.validation import ConfigError
@@ -322,11 +323,28 @@ def test_training_first_writes_the_references_that_are_missing(straight, tmp_pat
         _prepared(api, "2026-05-01")
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opdjax.train.write_references", asked.append)
+        patch.setattr("opdjax.train.write_references", lambda *given: asked.append(given))
         auto = dataclasses.replace(api, teach=dataclasses.replace(api.teach, auto=True))
         with pytest.raises(ReferenceMissError):
             _prepared(auto, "2026-05-01")
-    assert asked == [auto]
+    assert asked == [(auto, "2026-05-01")]
+
+
+def test_a_checkpoint_stops_at_the_stop_strings_of_the_run(tmp_path, monkeypatch):
+    class SampledError(Exception):
+        pass
+
+    def sample(*_, decoding, **__):
+        assert decoding.stop_strings.texts == ("#",)
+        raise SampledError
+
+    monkeypatch.setattr(opdjax.rollouts.write_references, "sample", sample)
+    path = tmp_path / "answers.jsonl"
+    config = dataclasses.replace(lesson(path), sampling=SamplingConfig(stop_strings=("#",)))
+    with pytest.raises(SampledError):
+        teach(config)
+    with pytest.raises(ReferenceIndexError, match=r"stop_strings: \['#'\] -> None"):
+        teach(lesson(path))
 
 
 def test_the_teacher_can_be_shown_what_another_answered(straight):
