@@ -3,16 +3,17 @@
 import ast
 import pathlib
 import shutil
+from typing import Annotated
 
 from tyro.conf import Positional
 
-from opdjax.cli.parsing import command
+from opdjax.cli.parsing import NONE, command
 from opdjax.config.experiments import BUILT_IN, path_of
 from opdjax.config.validation import ConfigError, nearest
 
 
 @command("[NAME …]")
-def experiments(names: Positional[tuple[str, ...]] = ()):
+def experiments(names: Annotated[Positional[tuple[str, ...]], NONE] = ()):
     """List the built-in experiments, or copy those named into this directory, to edit.
 
     Commands take a built-in experiment as @NAME.

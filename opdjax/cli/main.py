@@ -92,9 +92,7 @@ def compilation_cache() -> dict[str, str]:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether a user can fix an error: one of the operating system (files, disks, the network), or
-    of a public class of the package. It goes by names: an import of the classes would load jax.
-    """
+    """Whether a user can fix an error: an OSError, or one of the package's, known by its name."""
     own = [base.__name__ for base in type(error).__mro__ if base.__module__.startswith("opdjax.")]
     is_own = any(not name.startswith("_") and name not in _INTERNAL_ERRORS for name in own)
     return is_own or isinstance(error, OSError)

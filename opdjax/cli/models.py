@@ -4,11 +4,12 @@ import functools
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from opdjax.cli.parsing import Reads, as_given, call, command
+from opdjax.cli.parsing import NONE, Reads, as_given, call, command
 from opdjax.cli.runs import store
 from opdjax.config import (
     Config,
@@ -18,6 +19,7 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
+from opdjax.config.sampling import is_own_function
 from opdjax.config.validation import ConfigError
 from opdjax.runs.object_store import Folder, is_remote, open_output
 
@@ -47,19 +49,23 @@ def _call_as_its_run(
     reads: Reads,
     names: Sequence[str],
 ) -> None:
-    """Call a function of a `model`; if a run exported the model, the defaults of the parameters
-    named are those of that run.
-    """
+    """Call a function of a `model`; a run that exported it gives the defaults of `names`."""
 
     @functools.wraps(function)
     def with_given(**given: Any) -> None:
-        from opdjax.rollouts.one_model import use_of
+        from opdjax.models.hf import open_checkpoint
+        from opdjax.rollouts.export import recorded_use
 
-        use = use_of(given["model"])
+        use = recorded_use(open_checkpoint(*ModelConfig(given["model"]).place))
         if use is None:
             function(**given)
             return
         print(f"note: settings not given are those of {given['model']}'s run", file=sys.stderr)
+        if "evaluation" in names and is_own_function(own := use.evaluation.grader):
+            # What comes with a checkpoint is never run.
+            use = replace(use, evaluation=replace(use.evaluation, grader="auto"))
+            note = f"note: its grader {own} is dropped: give it with --evaluation.grader {own}"
+            print(note, file=sys.stderr)
         found = {"data": use.data, "evaluation": use.evaluation, "dtype": use.train.dtype}
         defaults = {name: found[name] for name in names}
         call(functools.partial(function, **defaults), arguments, f"opdjax {command}", reads)
@@ -69,7 +75,7 @@ def _call_as_its_run(
 
 def _print_completions(
     model: Positional[str],
-    prompts: Positional[tuple[str, ...]],
+    prompts: Annotated[Positional[tuple[str, ...]], NONE],
     data: DataConfig = DataConfig(),
     num_generations: int = 1,
     max_completion_length: int = 512,

@@ -33,6 +33,7 @@ Experiment = Annotated[Config, tyro.conf.arg(name="")]  # each of its fields is 
 Reads = Mapping[type, Sequence[str]]  # a section -> its fields that a command reads, if not all
 _EVERYTHING: Reads = types.MappingProxyType({})
 _HIDDEN = tyro.conf.Suppress
+NONE = tyro.conf.arg(help_behavior_hint="(default: none)")  # of an argument whose default is empty
 
 
 def command(usage: str, reads: Reads = _EVERYTHING) -> Callable[[Callable[..., None]], Command]:
@@ -60,9 +61,7 @@ def command(usage: str, reads: Reads = _EVERYTHING) -> Callable[[Callable[..., N
 def call_with_config(
     function: Callable[..., None], arguments: list[str], usage: str, reads: Reads = _EVERYTHING
 ) -> None:
-    """Call a function of a `config`, of which the arguments begin with the experiment; print the
-    usage and exit if there is none.
-    """
+    """Call a function of a `config`; without an experiment, print the usage and exit."""
     name = usage.partition(" ")[0]
     if arguments and not arguments[0].startswith("-"):
         config = with_recipe(load_experiment(arguments[0]), arguments)
@@ -91,14 +90,19 @@ def call(
 def _described(reads: Reads, info: StructTypeInfo) -> StructConstructorSpec | None:
     """A rule of tyro for the help of a section."""
     mark = f"described {info.type}"  # ends the recursion
-    if mark in map(str, info.markers) or info.type not in (EstimatorConfig, *reads):
+    if mark in map(str, info.markers) or not dataclasses.is_dataclass(info.type):
         return None
     spec = ConstructorRegistry.get_struct_spec(
         dataclasses.replace(info, markers=(*info.markers, mark))
     )
     names = reads.get(info.type, [field.name for field in spec.fields])
-    hidden = lambda field: {} if field.name in names else {"type": Annotated[field.type, _HIDDEN]}
-    fields = [dataclasses.replace(field, **hidden(field)) for field in spec.fields]
+
+    def shown(field: StructFieldSpec) -> StructFieldSpec:
+        hint = NONE if field.default in ("", ()) else None
+        mark = hint if field.name in names else _HIDDEN
+        return dataclasses.replace(field, type=Annotated[field.type, mark]) if mark else field
+
+    fields = list(map(shown, spec.fields))
     if info.type is EstimatorConfig:
         fields = map(_with_recipes, fields)
     return dataclasses.replace(spec, fields=tuple(fields))
@@ -118,9 +122,7 @@ def _with_recipes(option: StructFieldSpec) -> StructFieldSpec:
 
 
 def load_experiment(file: str) -> Config:
-    """The config of an experiment file, of a run's config.json or of a point's point.json;
-    ConfigError if there is none.
-    """
+    """The config of an experiment file, of a config.json or of a point.json; ConfigError."""
     if pathlib.Path(file).suffix != ".json":
         return load_config(file)
     path = local_copy(file)
@@ -137,9 +139,7 @@ def load_experiment(file: str) -> Config:
 
 
 def with_recipe(config: Config, arguments: list[str]) -> Config:
-    """The config of an experiment, of which options are left out that do not belong to the recipe
-    in the arguments; a note names them.
-    """
+    """The experiment's config without options of another recipe than that of the arguments."""
     text, own = "\0".join(arguments), config.estimator
     chosen = re.findall("--estimator.recipe[=\0]([^\0]+)", text)
     if not chosen or chosen[-1] not in RECIPES or chosen[-1] == own.recipe:

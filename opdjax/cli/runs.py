@@ -10,6 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from opdjax.cli.parsing import (
+    NONE,
     Experiment,
     as_given,
     call,
@@ -18,24 +19,55 @@ from opdjax.cli.parsing import (
     load_experiment,
     with_recipe,
 )
-from opdjax.config import AuditConfig, Config, DataConfig, SamplingConfig, TrainConfig
+from opdjax.config import (
+    AuditConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    NearPolicyConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from opdjax.config.validation import ConfigError, require
 from opdjax.runs.mirror import read_only_workdir
-from opdjax.runs.object_store import Folder, is_remote, local_copy, open_output
+from opdjax.runs.object_store import open_output
 
 # The built-in models and their task.
 MINI = Config(
     data=DataConfig(max_prompt_length=32), sampling=SamplingConfig(max_completion_length=24)
 )
-# The fields that commands read, where these are few.
+
+
+def _all_but(section: type, names: str) -> tuple[str, ...]:
+    return tuple(name for name in section.__dataclass_fields__ if name not in names.split())
+
+
+# The fields that commands read.
 _TAUGHT = {
-    Config: ("student", "teacher", "data", "teach", "api", "mesh", "train", "seed"),
+    Config: ("student", "teacher", "data", "sampling", "teach", "api", "mesh", "train", "seed"),
+    SamplingConfig: ("stop_strings",),
     TrainConfig: ("dtype",),
 }
 _AUDITED = {
     Config: ("student", "teacher", "data", "sampling", "estimator", "train", "seed"),
     SamplingConfig: ("max_completion_length", "stop_token_ids", "num_generations"),
     TrainConfig: ("prompts_per_step", "gradient_accumulation_steps"),
+}
+_PLANNED = {
+    Config: _all_but(Config, "rubrics rubricator verifier teach api checkpoint log seed"),
+    DataConfig: ("max_prompt_length",),
+    SamplingConfig: _all_but(SamplingConfig, "stop_token_ids stop_strings"),
+    NearPolicyConfig: ("schedule", "generator", "filter"),
+    OptimizerConfig: ("name", "teacher_ema_decay"),
+    TrainConfig: _all_but(TrainConfig, "start_from start_with num_epochs early_stopping_patience"),
+    EvaluationConfig: ("source", "num_samples", "max_completion_length"),
+}
+_EXAMINED = {
+    Config: _all_but(Config, "teach optimizer checkpoint log mesh"),
+    NearPolicyConfig: ("schedule", "max_staleness", "filter"),
+    TrainConfig: _all_but(TrainConfig, "remat early_stopping_patience"),
+    EvaluationConfig: _all_but(EvaluationConfig, "num_samples max_completion_length every"),
 }
 
 
@@ -49,7 +81,8 @@ def train(
         workdir: Directory of this run, or gs://BUCKET/NAME; the same command resumes it.
         start: Work directory of another run that this one goes on with, from its newest checkpoint
             or from STEP, such as --from runs/a@100 --train.num-steps 200; short for
-            --train.start-from. --train.start-with student takes its weights alone.
+            --train.start-from. --train.start-with student takes its weights alone, as a run with
+            a near_policy.schedule must.
     """
     if start is not None:
         config = replace(config, train=replace(config.train, start_from=start))
@@ -63,7 +96,7 @@ def train(
     print(f"the trained student is in {as_given(workdir)}/{result['student']}")
 
 
-@command("EXPERIMENT --topology v5e-8 [--aot]")
+@command("EXPERIMENT --topology v5e-8 [--aot]", _PLANNED)
 def plan(topology: str, config: Experiment, aot: bool = False):
     """Estimate memory and time of a run.
 
@@ -97,10 +130,10 @@ def doctor(arguments: list[str]) -> None:
         print(describe())
     else:
         usage = "doctor EXPERIMENT [--num-prompts N] [--only NAME,…]"
-        call_with_config(_doctor, arguments, usage)
+        call_with_config(_doctor, arguments, usage, _EXAMINED)
 
 
-def _doctor(config: Experiment, num_prompts: int = 8, only: str = ""):
+def _doctor(config: Experiment, num_prompts: int = 8, only: Annotated[str, NONE] = ""):
     """Find mistakes that would train without an error, also in judges; exit with 1 if any.
     `opdjax doctor --list` prints the checks, what each finds and what to do then.
 
@@ -131,7 +164,7 @@ def audit(arguments: list[str]) -> None:
 
     def run(
         workdir: pathlib.Path,
-        only: tuple[str, ...] = (),
+        only: Annotated[tuple[str, ...], NONE] = (),
         skip_cost: bool = False,
         audit: AuditConfig = AuditConfig(),
         config: Experiment = default,
@@ -244,14 +277,12 @@ def rollouts(path: Positional[pathlib.Path], samples: int = 0):
     Prints counts, bytes, decisions of the filter and damage.
 
     Args:
-        path: A shard, a directory rollouts/VERSION, or the work directory of a run.
+        path: Work directory of a run, or its directory rollouts/VERSION.
         samples: Number of samples to print, spread evenly over the rollouts.
     """
     from opdjax.rollouts.near_policy.inspection import inspect
 
     require(samples >= 0, "--samples", samples, "0 or more")
-    if is_remote(path) and Folder(path).tag() is not None:
-        path = local_copy(path)
     unread = re.compile(r"(checkpoints|student|student_adapter|published)/")
     with read_only_workdir(path, lambda name: not unread.match(name)) as mirror:
         sys.exit(0 if inspect(mirror.directory, samples) else 1)

@@ -17,7 +17,6 @@ from typing import Any
 import jinja2
 
 from opdjax.config import PACKAGE, Config, DataConfig
-from opdjax.config.sampling import is_own_function
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import from_dict, to_dict
 from opdjax.data.chat import with_day
@@ -65,19 +64,14 @@ def export_student(
 
 def recorded_use(checkpoint: Checkpoint) -> Config | None:
     """How the run that exported a checkpoint used it: the sections `data`, `evaluation` and
-    `train.dtype`; None if no run did. A grader of the user's own is not taken over: give it again.
+    `train.dtype`; None if no run did. A grader of the user's own in it must not be run.
     """
     file = (checkpoint.adapter or checkpoint).path / RECORD
     if not file.exists():
         return None
     advice = "delete it, and give its settings as options"
     found = read_json(file, advice, "the settings of an exported student", config=dict)
-    config = from_dict(Config, upgrade(found["config"]))
-    if is_own_function(config.evaluation.grader):  # what comes with a checkpoint is never run
-        config = dataclasses.replace(
-            config, evaluation=dataclasses.replace(config.evaluation, grader="auto")
-        )
-    return config
+    return from_dict(Config, upgrade(found["config"]))
 
 
 def _write_use(directory: pathlib.Path, config: Config, source: Checkpoint) -> None:
@@ -126,9 +120,7 @@ def _pin_templates(directory: pathlib.Path, template: str, data: DataConfig) -> 
 
 
 def pinned(template: str, data: DataConfig) -> str:
-    """The chat template with the day, the system prompt and the enable_thinking of `data` as its
-    defaults.
-    """
+    """The chat template with the day, system prompt and enable_thinking of `data` as defaults."""
     begin, thinking = "", data.student_template[1]
     if thinking is not None:
         begin += "{%- if enable_thinking is not defined %}{%- set enable_thinking = "

@@ -21,7 +21,6 @@ from opdjax.engine.sampler import sample as draw
 from opdjax.engine.scorer import score as score_batch
 from opdjax.models.decoder import RUN_FIELDS, Params, head_of, num_parameters
 from opdjax.models.hf import Checkpoint, load_params, open_checkpoint
-from opdjax.ops.vocab import TILE
 from opdjax.rollouts.export import recorded_use
 from opdjax.rollouts.setup import (
     compute_dtype,
@@ -63,11 +62,6 @@ def load(path: str | os.PathLike, *, dtype: str = "auto") -> Model:
     params = load_params(checkpoint, compute_dtype(dtype))
     use = recorded_use(checkpoint)
     return Model(checkpoint, params, load_tokenizer(checkpoint.path), use.data if use else _DATA)
-
-
-def use_of(path: str | os.PathLike) -> Config | None:
-    """How the run that exported a checkpoint used it; None if no run did (see `recorded_use`)."""
-    return recorded_use(open_checkpoint(*ModelConfig(str(path)).place))
 
 
 def sample(
@@ -132,7 +126,6 @@ def score(
         TrainBatch(rows.tokens, rows.mask, rows.segment_ids, None),
         config=model.checkpoint.config,
         needs="token",
-        tile=TILE,
     )
     return [row[mask] for row, mask in zip(np.asarray(scores.teacher_logprobs), rows.mask)]
 

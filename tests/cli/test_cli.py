@@ -9,12 +9,15 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from opdjax.cli import main
+from opdjax.cli.grade_samples import grade_sample
 from opdjax.cli.parsing import load_experiment
 from opdjax.config import (
     MINI_PAIR,
@@ -23,10 +26,12 @@ from opdjax.config import (
     PACKAGE,
     Config,
     EstimatorConfig,
+    EvaluationConfig,
 )
 from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import ConfigError, MissingExtraError, to_dict
 from opdjax.data.references import ReferenceMissError
+from opdjax.data.tasks.arithmetic import problems
 from opdjax.runs.lease import LeaseLostError
 
 EXPERIMENT = """
@@ -179,8 +184,14 @@ def test_help_names_the_recipes_of_an_option_and_their_defaults(opdjax, experime
 def test_help_lists_only_what_a_command_reads_and_accepts_the_rest(opdjax, experiment):
     out = smooth(opdjax("references", experiment(), "--help")[1])
     listed = set(re.findall(r"--([a-z]+)\.[a-z-]+ ", out))
-    assert listed == {"student", "teacher", "data", "teach", "api", "mesh", "train"}
+    others = {"sampling", "teach", "api", "mesh", "train"}
+    assert listed == {"student", "teacher", "data"} | others
     assert re.findall(r"--train\.([a-z-]+)", out) == ["dtype"]
+    for command, hidden in (("plan", "seed"), ("doctor", "mesh")):
+        out = opdjax(command, experiment(), "--help")[1]
+        listed = set(re.findall(r"--([a-z_-]+)[. ]", out))
+        assert not listed & {"checkpoint", "log", "teach", hidden}
+        assert {"student", "teacher", "sampling", "estimator", "train", "evaluation"} <= listed
     out = smooth(opdjax("evaluate", "--help")[1])
     assert "--data.format" in out
     assert "--data.source" not in out
@@ -193,7 +204,35 @@ def test_help_has_no_remarks_for_programs(opdjax, experiment, command):
     own = {"train", "plan", "doctor", "audit", "references"}
     out = smooth(opdjax(command, *([experiment()] if command in own else []), "--help")[1])
     assert "noqa" not in out
+    assert "(default: )" not in out
     assert "avg@k" not in out.replace("the k of avg@k", "")
+
+
+def test_a_grader_that_comes_with_a_checkpoint_is_not_run(opdjax, tmp_path, monkeypatch):
+    exported = shutil.copytree(MINI_PAIR / "student", tmp_path / "exported")
+    (tmp_path / "mine.py").write_text("raise SystemExit(3)")
+    grader, asked = f"{tmp_path / 'mine.py'}:grade", []
+    settings = {"evaluation": {"grader": grader}}
+    (exported / "opdjax.json").write_text(json.dumps({"config": settings}))
+
+    def scores_of(config):
+        asked.append(config.evaluation.grader)
+        raise ConfigError("no scores")
+
+    monkeypatch.setattr("opdjax.rollouts.one_model.scores_of", scores_of)
+    _, _, err = opdjax("evaluate", exported)
+    assert f"note: its grader {grader} is dropped: give it with --evaluation.grader {grader}" in err
+    opdjax("evaluate", exported, "--evaluation.grader", grader)
+    assert asked == ["auto", grader]
+
+
+def test_a_grader_that_a_run_names_as_a_file_is_not_run_by_a_report(tmp_path):
+    (tmp_path / "mine.py").write_text("raise SystemExit(3)")
+    problem, grader = problems("train")[0], f"{tmp_path / 'mine.py'}:grade"
+    row = {"prompt": problem.prompt, "completion": f"#### {problem.answer}"}
+    for name, found in (("last_number", True), (grader, None)):
+        config = to_dict(Config(evaluation=EvaluationConfig(grader=name)))
+        assert grade_sample(SimpleNamespace(config=config), row) == (found, problem.answer)
 
 
 def test_help_of_an_argument_is_a_whole_sentence():
