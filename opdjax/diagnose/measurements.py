@@ -304,13 +304,16 @@ class Measurements:
         return -logprobs.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
 
     def _greedy(self, model: Teacher, prompts: PromptBatch) -> Rollouts:
-        """Sample greedy answers that stop at any id with which one of the two models may stop."""
+        """Sample greedy answers that stop at any id with which one of the two models may stop, and
+        at the run's stop strings.
+        """
         setup, decoding = self.setup, self.setup.decoding
         stops = {*setup.teacher.checkpoint.stop_token_ids, *setup.student.stop_token_ids}
         stops |= {setup.tokenizer.eos_token_id, setup.teacher.tokenizer.eos_token_id}
         stop_token_ids = tuple(sorted((stops | {*decoding.stop_token_ids}) - {None}))
         length, valid = decoding.max_completion_length, decoding.valid_vocab
-        decoding = Decoding(length, stop_token_ids, temperature=0.0, valid_vocab=valid)
+        own = {"valid_vocab": valid, "stop_strings": model.decoding.stop_strings}
+        decoding = Decoding(length, stop_token_ids, temperature=0.0, **own)
         prompts = dataclasses.replace(prompts, teacher_tokens=None, teacher_mask=None)
         return sample(
             model.params, prompts, 0, 0, config=model.checkpoint.config, decoding=decoding

@@ -64,10 +64,7 @@ def fault(*sentences: str) -> Problem:
 def finding(
     name: str, problems: Sequence[Problem], otherwise: str, details: Sequence[str] = ()
 ) -> Finding:
-    """Merge the problems of a check; the worst sets the status.
-
-    `otherwise` is the message of a check without problems.
-    """
+    """Merge the problems of a check; `otherwise` is the message if there are none."""
     status = max((status for status, _ in problems), key=list(_SIGNS).index, default="ok")
     message = "; ".join(text for _, text in problems) or otherwise
     return Finding(name, status, message, tuple(details))
@@ -124,9 +121,7 @@ def check_first_step(
 def with_student_as_teacher(
     setup: Setup, params: Params | None = None, head: Head | None = None
 ) -> Setup:
-    """The setup with the student as teacher: where no scores are compared, only the student can be
-    wrong.
-    """
+    """The setup with the student as teacher: where no scores are compared, only it can be wrong."""
     student = Teacher(
         setup.student, params, head, setup.tokenizer, setup.decoding, shares_vocabulary=True
     )
@@ -150,22 +145,15 @@ def check_tokenizers(student: Any, teacher: Any, recipe: str) -> Finding:
         encoded = f"the student's tokenizer encodes 'a' as {ours}, the teacher's as {theirs}"
         advice = "one of them adds a special token, so prompts of data.format raw differ"
         problems.append(warning(encoded, advice))
-    details = [
-        f"{kind}: student {ours}, teacher {theirs}"
-        for kind in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
-        if (ours := getattr(student, kind)) != (theirs := getattr(teacher, kind))
-    ]
     otherwise = f"{len(student.get_vocab())} tokens with the same ids; texts are split alike"
-    return finding("tokenizers", problems, otherwise, details)
+    return finding("tokenizers", problems, otherwise)
 
 
 # Stop tokens
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The first token that the chat template writes after an assistant's answer; None if there is
-    no template, or it writes nothing there.
-    """
+    """The first token that the chat template writes after an assistant's answer; None for none."""
     if tokenizer.chat_template is None:
         return None
     question = {"role": "user", "content": "opdjax question"}
@@ -217,6 +205,13 @@ def check_stop_tokens(setup: Setup, teacher_answers: Rollouts | None = None) -> 
     if teacher_answers is not None:
         is_cut = np.asarray(teacher_answers.is_truncated)
         endings = np.where(is_cut, -1, last_tokens(teacher_answers))
+        if (strings := setup.decoding.stop_strings) is not None:  # they end answers here too
+            length = setup.decoding.max_completion_length
+            tokens, mask = (
+                np.asarray(x)[:, -length:] for x in (teacher_answers.tokens, teacher_answers.mask)
+            )
+            is_met = (strings.is_met(tokens) & mask).any(axis=1)
+            endings = np.where(is_met & ~is_cut, min(stops), endings)
         problems += _ending_problems(endings, stops, name)
         otherwise += f"; {int((endings != -1).sum())} of {len(endings)} greedy teacher answers do"
     if lacking := {*configured["teacher"], *missing.values()} - stops:
@@ -247,7 +242,6 @@ def _generation_config_problems(
 
 
 def _ending_problems(endings: np.ndarray, stops: set[int], name) -> list[Problem]:
-    """Compare the stop tokens of a run with how greedy answers of the teacher end."""
     total, cut = len(endings), int((endings == -1).sum())
     foreign = [int(token) for token in endings if token != -1 and token not in stops]
     problems = []
@@ -294,15 +288,12 @@ def check_chat_template(setup: Setup) -> Finding:
         found = "the chat templates of student and teacher differ"
         problems.append(warning(f"{found}, but render these prompts alike"))
     for role, tokenizer, format, flag in zip(("student", "teacher"), tokenizers, formats, thinking):
-        effect = _thinking_effect(prompts, data, tokenizer) if format == "chat" else []
-        if format == "chat" and flag is not None and not effect:
+        if format != "chat":
+            continue
+        if flag is not None and not _reads_thinking(prompts, data, tokenizer):
             found = f"enable_thinking is {flag}, but the {role}'s chat template does not read it"
             problems.append(warning(found))
-        if effect and (role == "student" or has_two_templates or formats[0] == "raw"):
-            state = "the template's default" if flag is None else flag
-            details.append(f"{role}, enable_thinking on -> off (here: {state}): {' '.join(effect)}")
-    for role, tokenizer, format in zip(("student", "teacher"), tokenizers, formats):
-        if format == "chat" and reads_clock(tokenizer):
+        if reads_clock(tokenizer):
             found = f"the {role}'s chat template reads the clock"
             details.append(f"{found}: its prompts are those of data.date, {data.date}")
     medium = "chat template" if formats[0] == "chat" else "plain text"
@@ -311,58 +302,37 @@ def check_chat_template(setup: Setup) -> Finding:
 
 
 def _prompt_difference(prompts: PromptSet, tokenizers: tuple[Any, Any]) -> list[str]:
-    """Return a diff of the first prompt that student and teacher read differently."""
     if prompts.teacher_ids is None:
         return []
     pairs = zip(prompts.student_ids, prompts.teacher_ids)
     different = next(pair for pair in pairs if pair[0] != pair[1])
-    pieces = [_pieces(ids, tokenizer) for ids, tokenizer in zip(different, tokenizers)]
-    return _shortened(list(difflib.unified_diff(*pieces, "student", "teacher", lineterm="", n=2)))
-
-
-def _pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    return [repr(tokenizer.decode([token])) for token in ids]
-
-
-def _shortened(lines: list[str]) -> list[str]:
+    pieces = [[repr(t.decode([id])) for id in ids] for ids, t in zip(different, tokenizers)]
+    lines = list(difflib.unified_diff(*pieces, "student", "teacher", lineterm="", n=2))
     more = len(lines) - _SHOWN_LINES
     return lines if more <= 0 else [*lines[:_SHOWN_LINES], f"… {more} more lines"]
 
 
-def _thinking_effect(prompts: PromptSet, data: DataConfig, tokenizer: Any) -> list[str]:
-    """Return the token strings that turning thinking off adds (+) and removes (-)."""
+def _reads_thinking(prompts: PromptSet, data: DataConfig, tokenizer: Any) -> bool:
+    """Whether turning thinking off changes the first prompt."""
     row, system = prompts.prompts[0], data.system_prompt
-    prompt = row.prompt
-    prompt = data.prompt_format.replace("{prompt}", prompt) if isinstance(prompt, str) else prompt
-    ids = partial(render, prompt, tokenizer, format="chat", system_prompt=system, tools=row.tools)
-    on, off = (_pieces(ids(enable_thinking=flag), tokenizer) for flag in (True, False))
-    headers = ("---", "+++", "@@")
-    changed = difflib.unified_diff(on, off, lineterm="", n=0)
-    return _shortened([line for line in changed if not line.startswith(headers)])
+    ids = partial(render, row.prompt, tokenizer, format="chat", system_prompt=system)
+    on, off = (ids(enable_thinking=flag, tools=row.tools) for flag in (True, False))
+    return on != off
 
 
 # Sampling
 
 
 def check_sampling_filter(setup: Setup, rollouts: Rollouts | None = None) -> Finding:
-    """Check that tokens are sampled from the distribution that is scored.
-
-    With `rollouts`, the filter's effect is measured: their behaviour minus unfiltered log-prob is
-    minus the log of the mass that the filter keeps.
-    """
+    """Check that tokens are sampled as they are scored; `rollouts` show what a filter removes."""
     config, name = setup.config, "sampling_filter"
     is_sampled = config.sampling.student_samples  # given answers pass no filter
     has_filter, removed = setup.decoding.has_filter and is_sampled, None
     if rollouts is not None and is_sampled and rollouts.behavior_logprobs is not None:
         behavior, unfiltered = rollouts.behavior_logprobs, rollouts.unfiltered_logprobs
         removed = (np.asarray(behavior) - np.asarray(unfiltered))[np.asarray(rollouts.mask)]
-    neutral, evaluation = {"temperature": 1, "top_p": 1, "top_k": 0}, config.evaluation
-    values = {name: getattr(evaluation, name) for name in neutral}
-    changed = [f"{name} {value:g}" for name, value in values.items() if value != neutral[name]]
-    is_altered = changed and rollouts is not None and evaluation.source is not None
-    details = [f"the evaluation samples with {', '.join(changed)}"] if is_altered else []
     if not has_filter and (removed is None or not removed.any()):
-        return finding(name, [], "tokens are sampled from the distribution that is scored", details)
+        return finding(name, [], "tokens are sampled from the distribution that is scored")
     found = "top_p or top_k is on" if has_filter else "some tokens were filtered out"
     if removed is not None:
         mean = float(np.mean(removed)) if removed.size else 0.0
@@ -376,7 +346,7 @@ def check_sampling_filter(setup: Setup, rollouts: Rollouts | None = None) -> Fin
     else:
         why = f"recipe {recipe!r} stays exact at each context, but never visits unlikely contexts"
         problem = warning(found, why, f"{advice} unless this is intended")
-    return Finding(name, *problem, tuple(details))
+    return Finding(name, *problem)
 
 
 def check_staleness(setup: Setup) -> list[Finding]:
@@ -415,10 +385,7 @@ def tolerance(backend: str, dtype: str) -> Tolerance:
 
 
 def coarsest_dtype(setup: Setup) -> str:
-    """Return the type that limits how well sampler and update agree.
-
-    Keys and values may be stored in fewer bits than the forward pass uses.
-    """
+    """The type, of passes or of the cache, that limits how well sampler and update agree."""
     return "bfloat16" if setup.config.sampling.kv_dtype in ("int8", "bfloat16") else setup.dtype
 
 

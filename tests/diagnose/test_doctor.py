@@ -32,7 +32,7 @@ from opdjax.config import (
 )
 from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import ConfigError
-from opdjax.data.packing import to_train_batch
+from opdjax.data.packing import answer_rows, to_train_batch
 from opdjax.data.tasks.arithmetic import problems
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.diagnose import doctor
@@ -42,6 +42,7 @@ from opdjax.rollouts.checks import (
     FaultError,
     Finding,
     check_settings,
+    check_stop_tokens,
     check_tokenizers,
     end_of_turn,
     enforce,
@@ -156,7 +157,6 @@ def test_a_healthy_pair_passes_every_check(opdjax_doctor):
     assert status == 0
     assert re.findall(r"^(.) (\w+): ", out, re.MULTILINE) == [("✓", name) for name in NAMES]
     assert "8 of 8 greedy teacher answers do" in out
-    assert "+'<think>'" in out  # what turning thinking off would change
 
 
 def test_a_healthy_pair_passes_under_a_recipe_that_sees_one_log_prob_a_token(healthy):
@@ -660,6 +660,24 @@ def test_texts_that_transformers_splits_otherwise_than_tokenizer_json_are_named(
         "tokenizer.json splits ' 12.5;' as 'Ġ' '12' '.' '5' ';', transformers as 'Ġ' '1' '2'"
         in (found.message)
     )
+
+
+def test_a_stop_string_ends_the_teachers_answers(healthy, monkeypatch):
+    config = vary(healthy, sampling={"stop_strings": ("#",)}, evaluation={"source": None})
+    setup = prepare(config)
+    assert setup.teacher.decoding.stop_strings.texts == ("#",)
+    sampled = []
+    how = lambda *_, decoding, **__: sampled.append(decoding)
+    monkeypatch.setattr(opdjax.diagnose.measurements, "sample", how)
+    _ = Measurements(setup, 2).teacher_answers
+    assert sampled[0].stop_strings is setup.teacher.decoding.stop_strings
+    prompts = Measurements(setup, 2).prompts
+    answers = [setup.tokenizer.encode(text) for text in ("34-17=17#", "1+1=2")]
+    rollouts = answer_rows(prompts, answers, config.sampling.max_completion_length, 0)
+    ended = dataclasses.replace(rollouts, is_truncated=np.array([False, True]))
+    found = check_stop_tokens(setup, ended)
+    assert "1 of 2 greedy teacher answers reach the length limit" in found.message
+    assert "where rollouts do not stop" not in found.message
 
 
 def test_prompts_that_end_in_a_stop_token_are_a_warning(healthy, tmp_path):
