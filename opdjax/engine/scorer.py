@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from opdjax.models.decoder import DecoderConfig, Params, forward
 from opdjax.ops.sharding import scan_parts
 from opdjax.ops.tile import Head
-from opdjax.ops.vocab import TokenInputs, tiled_stats
+from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
 from opdjax.types import TeacherScores, TrainBatch
 
 
@@ -26,7 +26,7 @@ def score(
     *,
     config: DecoderConfig,
     needs: Literal["token", "top_k", "vocabulary"],
-    tile: int,
+    tile: int = TILE,
     top_k: int = 0,
     parts: int = 1,
     mesh: Mesh | None = None,

@@ -23,7 +23,7 @@ from opdjax.data.chat import Messages, text_of
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompt_rows import Prompt
 from opdjax.data.prompts import collate, indices_at, padded_width, prompt_ids
-from opdjax.engine.evaluate import completions, graded
+from opdjax.engine.evaluate import completions
 from opdjax.judge.background import BackgroundJudge, open_background_judge
 from opdjax.judge.criteria import FROZEN, CriteriaStore
 from opdjax.judge.judgement import (
@@ -47,6 +47,7 @@ from opdjax.rollouts.rows import (
     keep_rollouts,
     min_scored,
     packed,
+    right_answers,
     with_advantages,
     with_option_columns,
 )
@@ -97,9 +98,7 @@ class JudgedSource(RolloutSource):
         return StepData(rollouts, batch, rows, metrics | packing)
 
     def judge(self, rollouts: Rollouts) -> list[list[Judgement]]:
-        """The judgements of the rollouts (on the host), by prompt. For process zero; raises the
-        client's errors.
-        """
+        """The judgements of rollouts, by prompt, on process zero; raises the client's errors."""
         return self._background.results(self._submit(rollouts))
 
     def _batch(
@@ -179,12 +178,8 @@ class JudgedSource(RolloutSource):
 
     def _is_correct(self, rollouts: Rollouts) -> np.ndarray | None:
         """1 for each right answer; only recorded. None if the data lack an answer."""
-        setup = self._setup
-        answers = [setup.prompts.prompts[index].answer for index in np.asarray(rollouts.prompt_id)]
-        if any(answer is None for answer in answers):
-            return None
-        texts = completions(rollouts, setup.tokenizer)
-        return graded(texts, answers, setup.config.grader)
+        texts, setup = completions(rollouts, self._setup.tokenizer), self._setup
+        return right_answers(setup.prompts, rollouts.prompt_id, texts, setup.config.grader)
 
     def _wait_for_judges(
         self, futures: list[Future], is_correct: np.ndarray | None, step: int
@@ -212,7 +207,6 @@ class JudgedSource(RolloutSource):
         return from_process_zero(read, np.zeros(shape, np.float32))
 
     def _stop_if(self, problem: ApiError | str | None, found: str, kept: str) -> None:
-        """SourceStoppedError in every process if process zero has a problem."""
         if agreed(problem is not None):
             raise SourceStoppedError(
                 f"{found}: {problem or 'process zero prints the reason'}; {kept}, and the same "
@@ -222,7 +216,6 @@ class JudgedSource(RolloutSource):
     def _collect(
         self, futures: list[Future], is_correct: np.ndarray | None, step: int
     ) -> tuple[list[list[Judgement]] | None, Metrics, ApiError | str | None]:
-        """(judgements, metrics, why the run must stop) of a step."""
         try:
             judgements = self._background.results(futures)
         except ApiError as error:
@@ -336,10 +329,7 @@ def _parts(prompts: PromptBatch, count: int, shards: int) -> list[PromptBatch]:
 def with_context(
     setup: Setup, prompts: PromptBatch, judgements: Sequence[Sequence[Judgement]] | None
 ) -> tuple[PromptBatch, np.ndarray]:
-    """The prompts by rollout `[B]` with their teacher prompts, and which rollouts have one.
-
-    `judgements` are given on process zero, and None in the others.
-    """
+    """The prompts by rollout `[B]` with teacher prompts from judgements, and which have one."""
     repeat = lambda x: np.repeat(np.asarray(x), setup.config.sampling.num_generations, axis=0)
     rows = PromptBatch(repeat(prompts.tokens), repeat(prompts.mask), repeat(prompts.prompt_id))
     count = len(rows.prompt_id)

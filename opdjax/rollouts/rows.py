@@ -28,7 +28,6 @@ from opdjax.estimators.advantage import (
 )
 from opdjax.ops.sharding import num_row_shards, shard_rows
 from opdjax.ops.tile import Head
-from opdjax.ops.vocab import TILE
 from opdjax.rollouts.setup import Setup, Teacher
 from opdjax.rollouts.source import StepData
 from opdjax.types import Metrics, Rollouts, TeacherScores, TrainBatch
@@ -49,9 +48,7 @@ def packed(
 
 
 def keep_rollouts(batch: TrainBatch, is_kept: np.ndarray) -> TrainBatch:
-    """Empty the rows of all rollouts `[B]` that are not kept: they add nothing to the loss or to
-    its denominator, and the teacher does not read them.
-    """
+    """Empty the rows of rollouts `[B]` that are not kept: they count nowhere, and are not read."""
     kept = lambda x: np.where(is_kept[:, None], x, 0).astype(np.asarray(x).dtype)
     view = batch.teacher_view
     view = view and dataclasses.replace(view, segment_ids=kept(view.segment_ids))
@@ -63,17 +60,17 @@ def keep_rollouts(batch: TrainBatch, is_kept: np.ndarray) -> TrainBatch:
 def with_option_columns(
     batch: TrainBatch, rollouts: Rollouts, config: Config, prompts: PromptSet, tokenizer: Any
 ) -> tuple[TrainBatch, Metrics]:
-    """Add what the recipe's options read of each rollout: uniform numbers for extra draws, and the
-    advantage of a task reward.
-
-    Return the batch and its metrics: the mean of the reward, as `rollout/task_reward`.
+    """The batch with what the recipe's options read: uniform numbers for extra draws, the advantage
+    of a task reward; and its metrics.
     """
     options, metrics = config.estimator.options, {}
     if options.get("extra_draws"):
         uniforms = extra_uniforms(rollouts, config.seed, options["extra_draws"])
         batch = dataclasses.replace(batch, uniforms=uniforms)
     if options.get("task_reward_coef") or config.recipe.reward == "task":
-        reward = task_reward(rollouts, prompts, tokenizer, config.grader)
+        texts = completions(rollouts, tokenizer)
+        reward = right_answers(prompts, rollouts.prompt_id, texts, config.grader)
+        reward = reward.astype(np.float32)
         metrics["rollout/task_reward"] = float(reward.mean())
         size, scale = config.sampling.num_generations, options.get("advantage", "mean")
         advantage = group_advantage(reward, np.ones(len(reward), bool), size, scale)
@@ -81,10 +78,12 @@ def with_option_columns(
     return batch, metrics
 
 
-def task_reward(rollouts: Rollouts, prompts: PromptSet, tokenizer: Any, grader: str) -> np.ndarray:
-    """Return 1 for each completion with a right answer and 0 for the others; `[B]`, float32."""
-    answers = [prompts.prompts[index].answer for index in np.asarray(rollouts.prompt_id)]
-    return graded(completions(rollouts, tokenizer), answers, grader).astype(np.float32)
+def right_answers(
+    prompts: PromptSet, prompt_id: np.ndarray, texts: Sequence[str], grader: str
+) -> np.ndarray | None:
+    """1 for each completion with a right answer, else 0; `[B]`. None if the data lack an answer."""
+    answers = [prompts.prompts[index].answer for index in np.asarray(prompt_id)]
+    return None if None in answers else graded(texts, answers, grader)
 
 
 def min_scored(config: Config) -> int:
@@ -104,10 +103,8 @@ def with_advantages(
     batch: TrainBatch, rollouts: Rollouts, scores: np.ndarray, config: Config, tokenizer: Any
 ) -> TrainBatch:
     """The batch with its advantages, from scores `[B, 1 + K]` of rollouts and of their K stages.
-    NaN: judging failed, and the rollout is dropped.
-
-    With stages, each token's advantage is that of its stage (RubricEM, arXiv 2605.10899, section
-    3.3).
+    NaN: judging failed, and the rollout is dropped. With stages, a token has the advantage of its
+    stage (RubricEM, arXiv 2605.10899, section 3.3).
     """
     is_scored, size = has_usable_score(scores[:, 0], config), config.sampling.num_generations
     scores, estimator = np.nan_to_num(scores), config.estimator
@@ -172,7 +169,6 @@ def _scores(setup: Setup, model: Teacher, batch: TrainBatch, needs: str) -> Teac
         batch,
         config=model.checkpoint.config,
         needs=needs,
-        tile=TILE,
         parts=parts,
         mesh=setup.mesh,
         top_k=estimator_of(config.estimator).top_k if needs == "top_k" else 0,
@@ -180,9 +176,7 @@ def _scores(setup: Setup, model: Teacher, batch: TrainBatch, needs: str) -> Teac
 
 
 def rollout_metrics(rollouts: Rollouts, decoding: Decoding, step: int) -> Metrics:
-    """Return the lengths in tokens, how completions ended, and the staleness: how many updates
-    older the sampling policy is than the trained one.
-    """
+    """Lengths in tokens, how completions ended, and the age of the sampling policy in updates."""
     mask = np.asarray(rollouts.mask)
     if not len(mask):
         return {}
@@ -204,20 +198,16 @@ def rollout_metrics(rollouts: Rollouts, decoding: Decoding, step: int) -> Metric
 
 
 def student_rows(config: Config, step: int) -> np.ndarray:
-    """`[B]`: which completions of a step the student samples where others are given. The draw of a
-    row depends on (seed, step, row) alone.
-    """
+    """`[B]`: which completions of a step the student samples, a draw from (seed, step, row)."""
     bits = np.random.Philox(key=config.seed, counter=[0, 0, 1, step])  # not those of the order
     draws = np.random.Generator(bits).random(config.rows_per_step)
     return draws < config.sampling.student_fraction
 
 
 def token_counts(config: Config, data: StepData, step: int) -> Metrics:
-    """Return the tokens of a step: generated by the student, trained on, and read or written by the
-    teacher, prompts included.
-
-    Tokens generated and annotated for many steps at once count for the first step that trains on
-    them: its `metrics` contain the numbers.
+    """The tokens of a step: generated by the student, trained on, and read or written by the
+    teacher, prompts included. Those generated or annotated for many steps count for the first one,
+    whose `metrics` contain the numbers.
     """
     batch, sampling = data.batch, config.sampling
     mask, is_own = np.asarray(batch.mask), np.array(True)

@@ -39,9 +39,7 @@ class RolloutSource(Protocol):
     copy_teacher: Callable[[], Params] | None = None
 
     def publish(self, version: int, copy_weights: Callable[[], Params], timer: Timer) -> None:
-        """Receive the student's weights after `version` updates; `copy_weights` returns a copy that
-        the source owns.
-        """
+        """Receive the weights after `version` updates: `copy_weights` returns a copy to keep."""
         self.params = copy_weights()
         self.teacher_params = self.copy_teacher() if self.copy_teacher else self.params
 
@@ -59,18 +57,14 @@ class RolloutSource(Protocol):
         """
 
     def probe(self, step: int) -> TrainBatch | None:
-        """Return unfiltered rows from the policy that sampled this step's rollouts; None if this
-        source never filters.
-        """
+        """Unfiltered rows from this step's policy; None if this source never filters."""
 
 
 @contextlib.contextmanager
 def open_source(
     setup: Setup, workdir: pathlib.Path, first: int, is_stop_requested: Callable[[int], bool]
 ) -> Iterator[RolloutSource]:
-    """The source that the config asks for, from update `first` on; its threads and connections are
-    closed at the end.
-    """
+    """The source that the config asks for, from update `first` on, closed at the end."""
     # Imported here: these modules import this one, and judges and shards need packages of extras.
     near = setup.config.near_policy
     with contextlib.ExitStack() as resources:

@@ -42,9 +42,7 @@ class _Stored:
     checkpointer: Checkpointer
 
     def step(self, wanted: str) -> int:
-        """The step of a checkpoint: a number, `latest`, or `best` by avg@k; ConfigError if there is
-        none.
-        """
+        """The step of a checkpoint: a number, `latest`, or `best`; ConfigError for none."""
         best = self.checkpointer.best_step
         named = {"latest": self.checkpointer.latest_step, "best": best}
         step = named.get(wanted, int(wanted) if wanted.isdecimal() else None)
@@ -121,9 +119,7 @@ def state_of_start(config: Config, student: Checkpoint, mesh: Mesh) -> TrainStat
 
 
 def copy_logs(config: Config, workdir: pathlib.Path) -> None:
-    """Begin a work directory with the logs of the run that this one goes on with, without the
-    evaluations if this run makes them otherwise.
-    """
+    """Begin a work directory with the logs of the run before; without evaluations of other kind."""
     files = {*LOGS, FROZEN, "config.json"}
     with read_only_workdir(config.train.start[0], files.__contains__) as mirror:
         if read_config(mirror.directory).evaluation != config.evaluation:

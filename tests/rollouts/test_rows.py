@@ -10,8 +10,9 @@ import pytest
 
 from opdjax.config import MINI_PAIR, Config, EstimatorConfig, EvaluationConfig, SamplingConfig
 from opdjax.data.tokenizer import load_tokenizer
+from opdjax.engine.evaluate import completions
 from opdjax.engine.sampler import extra_uniforms
-from opdjax.rollouts.rows import task_reward, with_option_columns
+from opdjax.rollouts.rows import right_answers, with_option_columns
 from opdjax.types import Rollouts, TrainBatch
 
 ANSWERS = ["42", "17"]
@@ -85,9 +86,9 @@ def with_columns(setup, rollouts, batch=None):
 
 def test_a_task_reward_compares_the_completions_of_one_prompt(tokenizer, rollouts):
     setup = setup_of(tokenizer, task_reward_coef=0.5)
-    np.testing.assert_array_equal(
-        task_reward(rollouts, setup.prompts, tokenizer, "gsm8k"), [1, 0, 0, 1]
-    )
+    texts = completions(rollouts, tokenizer)
+    reward = right_answers(setup.prompts, rollouts.prompt_id, texts, "gsm8k")
+    np.testing.assert_array_equal(reward, [1, 0, 0, 1])
     batch, metrics = with_columns(setup, rollouts)
     assert metrics == {"rollout/task_reward": 0.5}
     # The coefficient is the recipe's to apply; every sampled token of a completion holds its whole

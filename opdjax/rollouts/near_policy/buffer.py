@@ -63,9 +63,7 @@ class RolloutBuffer:
         return bool(self._due(version)) or (self._lag == "free" and is_waiting)
 
     def wait_for_room(self, version: int) -> None:
-        """With a fixed lag, wait until only one version before `version` is needed: the thread
-        holds two versions of the weights at most.
-        """
+        """With a fixed lag, wait until the thread needs only one version before `version`."""
         if self._lag == "fixed":
             wait([f for step, f in self._rollouts.items() if self._oldest(step) < version - 1])
 

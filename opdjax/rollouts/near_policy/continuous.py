@@ -33,9 +33,7 @@ _MAX_EMPTY_STEPS = 5  # consecutive steps of which the filter keeps nothing: mor
 
 
 class ContinuousSource(RolloutSource):
-    """Samples every step's rollouts once, with weights that are at most `max_staleness` updates old
-    when the rollouts are trained on.
-    """
+    """Samples a step's rollouts with weights that are at most `max_staleness` updates old."""
 
     def __init__(
         self,

@@ -37,9 +37,7 @@ def generate_for(workdir: pathlib.Path, config: Config | None) -> int:
 
 
 def annotate_all(workdir: pathlib.Path) -> int:
-    """Have the teacher score every stored rollout whose annotations are missing or damaged; return
-    the number of such shards.
-    """
+    """Score every stored rollout that lacks whole annotations; return the number of such shards."""
     with _locked_store(workdir, None) as store:
         if not stages.is_annotated(store.setup.config):
             raise WorkdirError(
@@ -65,11 +63,6 @@ def _locked_store(workdir: pathlib.Path, config: Config | None) -> Iterator[Roll
             resources.enter_context(locked(workdir, "generator"))
             mirror = WorkdirMirror(workdir)
         workdir = mirror.directory
-        if config is None and not (workdir / "config.json").exists():
-            raise WorkdirError(
-                f"{workdir} has no config.json; start the run first (opdjax train), or give the "
-                "EXPERIMENT: the generator reads its config"
-            )
         given = read_config(workdir) if config is None else config
         near, mesh = given.near_policy, given.mesh
         if near.generator == "process" and mirror.is_remote:
@@ -132,7 +125,6 @@ def _wait_for_weights(store: RolloutStore, step: int) -> int | None:
 
 
 def _weights(store: RolloutStore, version: int, held: dict[int, Params]) -> Params:
-    """The weights of a version, which `held` keeps until another one is needed."""
     if version not in held:
         held.clear()  # frees the old weights before the new ones are read
         try:

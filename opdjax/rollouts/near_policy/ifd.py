@@ -138,9 +138,7 @@ def document(
 
 
 def histogram(delta: np.ndarray) -> dict[str, list]:
-    """`counts` of the scored deltas between `edges`. The outer bins also hold the values beyond
-    them, so that outliers do not stretch the histogram.
-    """
+    """`counts` of scored deltas between `edges`; the outer bins hold the values beyond them too."""
     scored = np.asarray(delta, np.float64)
     scored = scored[np.isfinite(scored)]
     if not scored.size:

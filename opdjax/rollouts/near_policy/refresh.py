@@ -45,9 +45,7 @@ class StoredEpoch:
 
 
 class RefreshSource(RolloutSource):
-    """Answers all prompts of an epoch before the first epoch and before those of `refresh_epochs`;
-    an epoch trains on each answer once.
-    """
+    """Answers all prompts at epoch 0 and at `refresh_epochs`; epochs train on each answer once."""
 
     def __init__(
         self, setup: Setup, workdir: pathlib.Path, is_stop_requested: Callable[[int], bool]

@@ -25,25 +25,21 @@ from opdjax.data.packing import (
     unpack,
 )
 from opdjax.data.prompts import collate
-from opdjax.engine.evaluate import graded
 from opdjax.engine.scorer import score
 from opdjax.estimators import estimator_of
 from opdjax.models.decoder import Params, head_of
 from opdjax.ops.multihost import on_process_zero
 from opdjax.ops.sharding import num_row_shards, shard_rows, to_host
-from opdjax.ops.vocab import TILE
 from opdjax.rollouts.near_policy import ifd, shards
 from opdjax.rollouts.near_policy.shards import Shard
 from opdjax.rollouts.on_policy import draw
-from opdjax.rollouts.rows import with_option_columns
+from opdjax.rollouts.rows import right_answers, with_option_columns
 from opdjax.rollouts.setup import Setup, Teacher
 from opdjax.types import Metrics, PromptBatch, Rollouts, TeacherScores, TrainBatch
 
 
 def is_annotated(config: Config) -> bool:
-    """Whether the teacher's scores are stored before training: if the recipe reads one number or a
-    few per token, or if there is a filter.
-    """
+    """Whether scores are stored: the recipe reads a few numbers a token, or there is a filter."""
     reads_few = estimator_of(config.estimator).teacher in ("token", "top_k")
     return reads_few or config.near_policy.filter != "none"
 
@@ -56,9 +52,8 @@ def generate(
     number: int,
     step: int,
 ) -> None:
-    """Sample completions of these prompts with the weights of a version, and store them as shard
-    `number` in its directory. `step`, the update that they are sampled for, selects the random
-    numbers.
+    """Sample completions of these prompts, with random numbers of the update `step`, and store them
+    as shard `number` in the directory of the version of the weights.
     """
     rollouts, config = to_host(draw(setup, params, prompts, step)), setup.config
     mask, count = rollouts.mask, len(rollouts.mask)
@@ -163,7 +158,11 @@ def select(
 
     facts = {"version": version, "number": number, "filter": config.filter}
     facts |= {"form": ifd.FORM, "ifd_min": low, "ifd_max": high}
-    is_correct = _is_correct(setup, measured["prompt_id"], texts)
+    is_correct = None  # without an evaluation
+    if setup.evaluator is not None:
+        grader = setup.config.grader
+        is_correct = right_answers(setup.prompts, measured["prompt_id"], texts, grader)
+        is_correct = None if is_correct is None else is_correct.astype(bool)
     document = ifd.document(facts, kept, measured, is_correct, texts_of, seed)
     on_process_zero(lambda: shards.write_filter(samples[0].path.parent, number, document))
     counts = {"keep_rate": "kept", "degenerate": "degenerate", "disconnected": "disconnected"}
@@ -214,18 +213,8 @@ def _mean_nll(logprobs: np.ndarray, batch: TrainBatch) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _is_correct(setup: Setup, prompt_id: np.ndarray, texts: list[str]) -> np.ndarray | None:
-    """Which completions are right; None without an evaluation or without answers in the data."""
-    answers = [setup.prompts.prompts[index].answer for index in prompt_id]
-    if setup.evaluator is None or any(answer is None for answer in answers):
-        return None
-    return graded(texts, answers, setup.config.grader).astype(bool)
-
-
 def _scores(setup: Setup, model: Teacher, batch: TrainBatch, top_k: int) -> TeacherScores:
-    """Log-probs of the tokens, and the top k, in the columns of the batch; scored in packed rows,
-    one micro-batch at a time.
-    """
+    """Log-probs of the tokens, and the top k, scored in packed rows, a micro-batch at a time."""
     config, train, shards = setup.config, setup.config.train, num_row_shards(setup.mesh)
     # One micro-batch has as many rows as in the update: memory that suffices there does here.
     unit = -(-config.rows_per_step // train.gradient_accumulation_steps // shards) * shards
@@ -245,7 +234,6 @@ def _scores(setup: Setup, model: Teacher, batch: TrainBatch, top_k: int) -> Teac
         shard_rows(packed, setup.mesh),
         config=model.checkpoint.config,
         needs="top_k" if top_k else "token",
-        tile=TILE,
         parts=parts,
         mesh=setup.mesh,
         top_k=top_k,
@@ -305,10 +293,7 @@ def step_batch(
     annotations: Sequence[Shard],
     chosen: np.ndarray | None = None,
 ) -> tuple[Rollouts, TrainBatch, Metrics]:
-    """`as_batch` with what the recipe's options read, and its metrics.
-
-    The random numbers depend on the step that trains on the samples, not on the age of the weights.
-    """
+    """`as_batch` with what the options read, drawn by the step; and its metrics."""
     rollouts, batch = as_batch(setup, samples, annotations, chosen)
     steps = np.full(len(rollouts.tokens), step, np.int32)
     of_step = dataclasses.replace(rollouts, policy_version=steps)

@@ -109,9 +109,7 @@ class RolloutStore:
         return found
 
     def annotations(self, samples: Iterable[Shard], step: int) -> list[Shard]:
-        """The annotations of shards of samples; missing or damaged ones are made first. [] if the
-        recipe stores none.
-        """
+        """The annotations of shards of samples, made if missing; [] if none are stored."""
         found = []
         for shard in samples if stages.is_annotated(self.setup.config) else ():
             key = int(shard.path.parent.name), "annotations", shard.facts["number"]
@@ -147,9 +145,7 @@ class RolloutStore:
         return None if None in found else found
 
     def sampled_version(self, step: int) -> int | None:
-        """The version of the weights that sampled a step; None if its samples are not all stored.
-        Damage is not checked.
-        """
+        """The version that sampled a step; None if samples are missing, damage aside."""
         near = self.setup.config.near_policy
         oldest = oldest_version(step, near.max_staleness)
         newest = oldest if near.lag == "fixed" else step
@@ -168,9 +164,7 @@ class RolloutStore:
         return bool(found) and found >= self.blocks(step).keys()
 
     def wait_for(self, step: int) -> None:
-        """Wait until another process has stored the rollouts of a step. It may never store any, so
-        a stop request ends the wait.
-        """
+        """Wait until another process has stored a step's rollouts, or a stop is requested."""
         while not self.is_stored(step):
             self.check_stop(step)
             time.sleep(POLL_SECONDS)
@@ -197,9 +191,7 @@ class RolloutStore:
         return sorted(int(path.stem) for path in self._weights_file(0).parent.glob("*.safetensors"))
 
     def publish(self, version: int, params: Params, keep_from: int = 0) -> None:
-        """Write the weights after `version` updates and delete those of versions before
-        `keep_from`; StorageError if there is no room.
-        """
+        """Write the weights of a version, and delete those before `keep_from`; StorageError."""
         params = to_host(params)
 
         def write():
@@ -211,9 +203,7 @@ class RolloutStore:
         on_process_zero(write)
 
     def fetch(self, version: int) -> Params:
-        """The published weights of a version, sharded over the mesh; FileNotFoundError if they are
-        not stored.
-        """
+        """The published weights of a version, on the mesh; FileNotFoundError without them."""
         path = self._weights_file(version)
         try:
             params = unflatten_dict(load_file(path), sep=".")

@@ -12,7 +12,7 @@ from opdjax.runs.workdir import WorkdirError
 def test_what_is_not_there_is_asked_for(tmp_path):
     with pytest.raises(
         WorkdirError,
-        match=r"has no config.json; start the run first \(opdjax train\), or give the EXPERIMENT",
+        match="has no config.json; expected the work directory of a run",
     ):
         generate_for(tmp_path, None)
 
