@@ -82,14 +82,12 @@ def load_function(file: str | pathlib.Path, name: str) -> Callable:
     """The function of a Python file, which is run; ConfigError if there is none or it fails."""
     path = path_of(file)
     if not path.is_file() or path.suffix != ".py":
-        others = [other.name for other in path.parent.glob("*.py")]
-        close = difflib.get_close_matches(path.stem + ".py", others, 1)
-        near = (pathlib.Path(file).parent / name for name in close)
-        if str(file).startswith("@") or not close:
-            others = [other.name for other in BUILT_IN.glob("*.py")]
-            close = difflib.get_close_matches(path.stem + ".py", others, 1)
-            near = (f"@{pathlib.Path(name).stem}" for name in close)
-        hint = "".join(f" (did you mean {name}?)" for name in near)
+        known = {other.name: f"@{other.stem}" for other in BUILT_IN.glob("*.py")}
+        if not str(file).startswith("@"):
+            near = pathlib.Path(file).parent
+            known |= {other.name: str(near / other.name) for other in path.parent.glob("*.py")}
+        close = difflib.get_close_matches(f"{path.stem}.py", known, 1)
+        hint = "".join(f" (did you mean {known[name]}?)" for name in close)
         raise ConfigError(
             f"there is no file {str(file)!r}{hint}; expected a Python file with {name}()"
         )

@@ -159,10 +159,8 @@ class Config(Section):
         self.require(is_sampled, "sampling.completions_from", expected)
         expected = f"a checkpoint where the schedule is {near.schedule}: its scores are stored"
         self.require(not self.teacher_is_student, "teacher.path", expected)
-        expected = (
-            "student where near_policy.schedule is set (--train.start-with student takes the "
-        )
-        expected += "weights alone): rollouts of other steps are stored with the other run"
+        expected = "student where near_policy.schedule is set, by --train.start-with student: "
+        expected += "rollouts of other steps are stored with the other run"
         is_fresh = self.train.start_from is None or self.train.start_with == "student"
         self.require(is_fresh, "train.start_with", expected)
         is_counted = near.schedule != "refresh" or self.train.num_epochs is None

@@ -30,7 +30,7 @@ class SamplingConfig(Section):
     top_k: Annotated[int, "0 (off) or more"] = 0
     # Further stop tokens, besides the checkpoint's end-of-sequence ids.
     stop_token_ids: tuple[int, ...] = ()
-    # Texts that end an answer, in training and evaluation; the answer keeps the token that
+    # Texts that end an answer, be it sampled, given or evaluated; the answer keeps the token that
     # completes one of them. Also those of the checkpoint's generation config.
     stop_strings: tuple[str, ...] = ()
     # Who writes the completions. student: on-policy samples; teacher: samples of the teacher;

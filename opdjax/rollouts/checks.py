@@ -174,14 +174,13 @@ def check_stop_tokens(setup: Setup, teacher_answers: Rollouts | None = None) -> 
     """
     sampling, data = setup.config.sampling, setup.config.data
     tokenizers = {"student": setup.tokenizer, "teacher": setup.teacher.tokenizer}
-    checkpoints = {"student": setup.student, "teacher": setup.teacher.checkpoint}
-    configured = {role: checkpoint.stop_token_ids for role, checkpoint in checkpoints.items()}
-    templates = zip(tokenizers.items(), (data.student_template, data.teacher_template))
-    turns = {
-        role: turn
-        for (role, tokenizer), (format, _) in templates
-        if format == "chat" and (turn := end_of_turn(tokenizer)) is not None
+    configured = {"student": setup.student.stop_token_ids}
+    configured["teacher"] = setup.teacher.checkpoint.stop_token_ids
+    formats = (data.student_template[0], data.teacher_template[0])
+    ends = {
+        role: end_of_turn(t) for (role, t), f in zip(tokenizers.items(), formats) if f == "chat"
     }
+    turns = {role: turn for role, turn in ends.items() if turn is not None}
     more, stops = set(sampling.stop_token_ids), set(setup.decoding.stop_token_ids)
     name = partial(_names, tokenizer=setup.tokenizer)
 
@@ -206,10 +205,9 @@ def check_stop_tokens(setup: Setup, teacher_answers: Rollouts | None = None) -> 
         is_cut = np.asarray(teacher_answers.is_truncated)
         endings = np.where(is_cut, -1, last_tokens(teacher_answers))
         if (strings := setup.decoding.stop_strings) is not None:  # they end answers here too
+            columns = teacher_answers.tokens, teacher_answers.mask
             length = setup.decoding.max_completion_length
-            tokens, mask = (
-                np.asarray(x)[:, -length:] for x in (teacher_answers.tokens, teacher_answers.mask)
-            )
+            tokens, mask = (np.asarray(x)[:, -length:] for x in columns)
             is_met = (strings.is_met(tokens) & mask).any(axis=1)
             endings = np.where(is_met & ~is_cut, min(stops), endings)
         problems += _ending_problems(endings, stops, name)

@@ -157,8 +157,8 @@ NEAR = NearPolicyConfig("refresh", 2)
         ),
         (
             {"near_policy": NEAR, "train": TrainConfig(start_from="runs/a@3")},
-            "train.start_with is 'both'; expected student where near_policy.schedule is set "
-            "(--train.start-with student takes the weights alone)",
+            "train.start_with is 'both'; expected student where near_policy.schedule is set, by "
+            "--train.start-with student",
         ),
         (
             {"near_policy": NearPolicyConfig("refresh", 3)},

@@ -144,16 +144,12 @@ def _print_counts(unit: str, groups: dict[int, list[_Seen]]) -> None:
 def _print_filters(unit: str, documents: list[dict[str, Any]]) -> None:
     if not documents:
         return
-    header = [unit, "filter", "bounds", "samples", "kept", *_ZONES]
-    rows = [[*header, "kept of right", "kept of wrong"]]
+    rows = [[unit, "filter", "bounds", "samples", "kept", *_ZONES]]
     key_of = operator.itemgetter(unit)
     for key, group in itertools.groupby(sorted(documents, key=key_of), key_of):
         of = list(group)
         count, *zones = (sum(d[f"num_{part}"] for d in of) for part in ("samples", "kept", *_ZONES))
-        graded = [d["by_correctness"] for d in of if d["by_correctness"]]
-        sides = ([d[side] for d in graded] for side in ("right", "wrong"))
-        of_sides = [(sum(d["kept"] for d in side), sum(d["num"] for d in side)) for side in sides]
-        shares = [_percent(*pair) for pair in [*((zone, count) for zone in zones), *of_sides]]
+        shares = [f"{100 * zone / count:.1f} %" if count else "-" for zone in zones]
         kinds = sorted({f"{d['filter']} {d['form']}" for d in of})
         name = lambda bound: "any" if bound is None else f"{bound:g}"
         bounds = sorted({f"{name(d['ifd_min'])} to {name(d['ifd_max'])}" for d in of})
@@ -164,10 +160,6 @@ def _print_filters(unit: str, documents: list[dict[str, Any]]) -> None:
 
 def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1f}" if whole else "-"
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 def _table(rows: list[list[str]], left: tuple[int, ...] = ()) -> str:

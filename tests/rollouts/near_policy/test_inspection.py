@@ -129,9 +129,8 @@ def test_a_work_directory_is_counted_by_version(run, look, tokenizer):
         f"{size(run, 12, 'annotations') / answer:.1f}",
     ]
     assert lines[3:] == [
-        "version filter bounds samples kept degenerate disconnected unscored kept of right kept of "
-        "wrong",
-        "0 ifd nll_ratio 0 to 0.8 8 62.5 % 12.5 % 12.5 % 12.5 % 75.0 % 50.0 %",
+        "version filter bounds samples kept degenerate disconnected unscored",
+        "0 ifd nll_ratio 0 to 0.8 8 62.5 % 12.5 % 12.5 % 12.5 %",
         "samples: schema 1, seed 7",
         "annotations: schema 1, top_k 2",
         "12 samples: 0 repeated, 0 without annotation; 12 annotations: 0 repeated, 0 without "
