@@ -1,7 +1,6 @@
 """Measure opdjax on this machine; each subcommand prints a Markdown table.
 
     python scripts/benchmark.py vocab --help
-    python scripts/benchmark.py recipes --output recipes.json
     python scripts/benchmark.py step experiments/sweeps/step_costs.py
 
 Seconds are medians of alternating runs, with their range; the first runs, which compile, are not
@@ -21,7 +20,7 @@ from opdjax.cli.main import compilation_cache, is_user_error
 SUBCOMMANDS = {  # name: (module of `benchmarks`, one line)
     "vocab": ("vocabulary", "the tiled vocabulary pass against plain logits"),
     "recipes": ("vocabulary", "each recipe's work on the vocabulary"),
-    "sampler": ("sampling", "generated tokens a second, against the least time"),
+    "sampler": ("sampling", "generated tokens a second"),
     "step": ("steps", "seconds of a step by phase, for each setting of an experiment or a sweep"),
     "judge": ("judging", "requests a second of the judge's client"),
     "peers": ("peers.compare", "losses, generation and steps of TRL, Tunix and EasyDeL"),
@@ -35,14 +34,11 @@ def main(words: list[str]) -> None:
         sys.exit(0 if words[:1] in (["-h"], ["--help"]) else 2)
     for variable, value in compilation_cache().items():
         os.environ.setdefault(variable, value)
-    command = words[0]
+    command, raw = words[0], argparse.RawDescriptionHelpFormatter
     module = importlib.import_module(f"benchmarks.{SUBCOMMANDS[command][0]}")
     add_options = getattr(module, f"add_{command}")
-    parser = argparse.ArgumentParser(
-        prog=f"benchmark.py {command}",
-        description=add_options.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(f"benchmark.py {command}", formatter_class=raw)
+    parser.description = add_options.__doc__
     parser.set_defaults(command=command)
     parser.add_argument("--repeats", type=int, help="counted runs of each; default: %(default)s")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file for the figures of each run")

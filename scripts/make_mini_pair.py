@@ -1,7 +1,9 @@
 """Train the mini pair: a teacher on the arithmetic task, and its earlier checkpoint as student.
 
-    python scripts/make_mini_pair.py --workdir runs/mini_pair          # train, resumable
-    python scripts/make_mini_pair.py --workdir runs/mini_pair --pick   # write the package's pair
+    python scripts/make_mini_pair.py --workdir runs/mini_pair
+    opdjax evaluate runs/mini_pair/1800                      # scores the model of that step
+    cp -r runs/mini_pair/6000 opdjax/assets/mini_pair/teacher
+    cp -r runs/mini_pair/1800 opdjax/assets/mini_pair/student
 
 The teacher also trains on chains with injected mistakes. The wrong token is masked from the loss,
 and everything after it is computed correctly from the wrong value: after a mistake of the student,
@@ -19,20 +21,14 @@ import time
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from benchmarks.models import decoder_of, qwen3, write_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opdjax.config import PACKAGE
 from opdjax.data.tasks import arithmetic
-from opdjax.engine.decoding import Decoding
-from opdjax.engine.sampler import sample
 from opdjax.estimators.losses import sft
 from opdjax.models import decoder
-from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.vocab import TokenInputs, tiled_loss
-from opdjax.types import PromptBatch
 
 LARGEST_NUMBER = 199
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -174,96 +170,32 @@ def make_step(config, optimizer):
     return step
 
 
-def greedy_accuracy(params, config, tokenizer, problems) -> float:
-    """Return the share of problems whose greedy answer ends in the right value."""
-    vocab, rows = tokenizer.get_vocab(), [header_of(problem.prompt) for problem in problems]
-    width, stop = max(map(len, rows)), vocab["<|im_end|>"]
-    tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        tokens[i, width - len(row) :] = [vocab[word] for word in row]
-        mask[i, width - len(row) :] = True
-    prompts = PromptBatch(tokens, mask, np.arange(len(rows), dtype=np.int32))
-    decoding = Decoding(COLUMNS - width, (stop,), temperature=0.0)
-    drawn = sample(params, prompts, 0, 0, config=config, decoding=decoding)
-    names = {i: word for word, i in vocab.items()}
-    sampled = zip(np.asarray(drawn.tokens), np.asarray(drawn.mask))
-    texts = ["".join(names[int(t)] for t in row[is_new] if t != stop) for row, is_new in sampled]
-    is_right = lambda text, problem: "#" in text and text.split("#")[-1] == problem.answer
-    return float(np.mean(list(map(is_right, texts, problems))))
-
-
-def train(args) -> None:
-    """Train the teacher and keep every checkpoint; continue an earlier call."""
+def train(args: argparse.Namespace) -> None:
+    """Train a model and write it as a Hugging Face directory now and then."""
     tokenizer = make_tokenizer()
-    config = decoder_of(model_config(len(tokenizer)))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, args.learning_rate, 100, args.steps, 0.02 * args.learning_rate
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
-    )
-    params = decoder.init_params(config, jax.random.key(args.seed))
-    state = {"params": params, "opt_state": optimizer.init(params)}
-    options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
-    manager = ocp.CheckpointManager(args.workdir.absolute() / "checkpoints", options=options)
-    start = manager.latest_step() or 0
-    if start:
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        state = manager.restore(start, args=ocp.args.StandardRestore(like))
-    step_fn, vocab = make_step(config, optimizer), tokenizer.get_vocab()
-    held_out = arithmetic.problems("validation")[:256]
+    raw = model_config(len(tokenizer))
+    rates = (0.0, args.learning_rate, 100, args.steps, 0.02 * args.learning_rate)
+    adamw = optax.adamw(optax.warmup_cosine_decay_schedule(*rates), b2=0.98, weight_decay=0.05)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    params = decoder.init_params(decoder_of(raw), jax.random.key(args.seed))
     size = sum(x.size for x in jax.tree.leaves(params))
-    print(f"{size} parameters, vocabulary {len(tokenizer)}, from step {start}", flush=True)
-    clock = time.time()
-    for step in range(start, args.steps):
-        params, opt_state, loss = step_fn(**state, batch=corpus_batch(vocab, step, args))
-        state, done = {"params": params, "opt_state": opt_state}, step + 1
+    print(f"{size} parameters, vocabulary {len(tokenizer)}", flush=True)
+    state, vocab = optimizer.init(params), tokenizer.get_vocab()
+    update, clock = make_step(decoder_of(raw), optimizer), time.time()
+    for step in range(args.steps):
+        params, state, loss = update(params, state, corpus_batch(vocab, step, args))
+        done = step + 1
         if done % args.save_every == 0 or done == args.steps:
-            accuracy = greedy_accuracy(params, config, tokenizer, held_out)
-            manager.save(done, args=ocp.args.StandardSave(state))
-            manager.wait_until_finished()
-            seconds = time.time() - clock
-            line = f"step {done} loss {float(loss):.4f} greedy {accuracy:.3f} {seconds:.0f} s"
-            print(line, flush=True)
-
-
-def restore_params(workdir: pathlib.Path, step: int) -> dict:
-    """Return the parameters of one training checkpoint, as numpy arrays."""
-    manager = ocp.CheckpointManager(
-        workdir.absolute() / "checkpoints", item_handlers=ocp.StandardCheckpointHandler()
-    )
-    if step not in manager.all_steps():
-        raise SystemExit(
-            f"no checkpoint of step {step} in {workdir}; found {sorted(manager.all_steps())}"
-        )
-    return jax.tree.map(np.asarray, manager.restore(step)["params"])
-
-
-def pick(args) -> None:
-    """Write teacher and student, then load and measure both."""
-    tokenizer, test = make_tokenizer(), arithmetic.problems("test")
-    steps = {"teacher": args.teacher_step or args.steps, "student": args.student_step}
-    for name, step in steps.items():
-        out = args.out / name
-        params = restore_params(args.workdir, step)
-        write_model(params, model_config(len(tokenizer)), tokenizer, out)
-        checkpoint = open_checkpoint(out)
-        params = load_params(checkpoint, "float32")
-        accuracy = greedy_accuracy(params, checkpoint.config, tokenizer, test)
-        size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
-        print(f"{name}: step {step}, greedy {accuracy:.3f} on 2048 test problems, {size:.2f} MB")
+            weights = jax.tree.map(np.asarray, params)
+            write_model(weights, raw, tokenizer, args.workdir / str(done))
+            print(f"step {done} loss {float(loss):.4f} {time.time() - clock:.0f} s", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--workdir", type=pathlib.Path, required=True)
-    add("--pick", action="store_true", help="write the pair instead of training")
-    add("--out", type=pathlib.Path, default=PACKAGE / "assets" / "mini_pair")
-    add("--teacher-step", type=int, default=0, help="0: the last step")
-    add("--student-step", type=int, default=1800)
     add("--steps", type=int, default=6000)
     add("--batch", type=int, default=192)
     add("--learning-rate", type=float, default=3e-3)
@@ -271,8 +203,7 @@ def main() -> None:
     add("--mistake-rate", type=float, default=0.3, help=mistakes)
     add("--save-every", type=int, default=200)
     add("--seed", type=int, default=0)
-    args = parser.parse_args()
-    pick(args) if args.pick else train(args)
+    train(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -5,12 +5,9 @@
     command, whose exit status it returns
 
 It serves OpenAI chat completions on the loopback interface (`POST /v1/chat/completions`, without
-streaming; `GET /v1/models`) and its counts at `GET /stats`. The rules are in
-`opdjax.judge.rule_based.rules`.
-
-`--faults` is the share of requests that fail. Which ones, and how, is a hash of the seed, the
-request's body and the number of earlier requests with that body: it does not depend on the order of
-requests or on the number of connections, and a repeated request may succeed.
+streaming; `GET /v1/models`) and its counts at `GET /stats`. `--faults` is the share of requests
+that fail. Which ones, and how, is a hash of the seed, the body and the number of earlier requests
+with that body: the order of other requests has no effect, and a repeated request may succeed.
 """
 
 from __future__ import annotations
@@ -31,12 +28,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from opdjax.judge.rule_based.rules import (
-    completion,
-    reply_document,
-    requested_schema,
-    role_of,
-)
+from opdjax.judge.rule_based import rules
 
 HOST, MODEL = "127.0.0.1", "rule-judge"
 MAX_BODY = 64 * 2**20
@@ -53,43 +45,36 @@ TEXT_FAULTS: dict[str, Callable[[str], str]] = {
 
 
 def missing_verdict(document: Document, pick: int) -> Document | None:
-    able = [answer for answer in document.get("answers", ()) if answer.get("verdicts")]
-    if not able:
-        return None
-    able[pick % len(able)]["verdicts"].pop()
-    return document
+    if able := [answer for answer in document.get("answers", ()) if answer.get("verdicts")]:
+        able[pick % len(able)]["verdicts"].pop()
+    return document if able else None
 
 
 def missing_answer(document: Document, pick: int) -> Document | None:
-    answers = document.get("answers")
-    if not answers:
-        return None
-    answers.pop(pick % len(answers))
-    return document
+    if answers := document.get("answers"):
+        answers.pop(pick % len(answers))
+        return document
+    return None
 
 
 def bad_weight(document: Document, pick: int) -> Document | None:
-    criteria = document.get("criteria")
-    if not criteria:
-        return None
-    criteria[pick % len(criteria)]["weight"] = (0, 9, -1, 100)[pick % 4]
-    return document
+    if criteria := document.get("criteria"):
+        criteria[pick % len(criteria)]["weight"] = (0, 9, -1, 100)[pick % 4]
+        return document
+    return None
 
 
 def lying_total(document: Document, pick: int) -> Document | None:
-    if not document.keys() & {"answers", "criteria"}:
-        return None
     for answer in document.get("answers", ()):
         answer["final_score"] = 1000 + pick % 7
-    return document | {"total": 10_000}
+    is_able = document.keys() & {"answers", "criteria"}
+    return document | {"total": 10_000} if is_able else None
 
 
 def reordered(document: Document, pick: int) -> Document | None:
     answers = document.get("answers", ())
-    if len(answers) < 2:
-        return None
-    turn = 1 + pick % (len(answers) - 1)
-    return document | {"answers": answers[turn:] + answers[:turn]}
+    turn = 1 + pick % max(len(answers) - 1, 1)
+    return document | {"answers": answers[turn:] + answers[:turn]} if len(answers) > 1 else None
 
 
 # They return None for a reply that the fault does not apply to: another fault is then taken.
@@ -100,9 +85,8 @@ FAULTS = (*TRANSPORT_FAULTS, *TEXT_FAULTS, *CONTENT_FAULTS)
 
 
 def spoiled(document: Document, fault: str | None, pick: int) -> Document | None:
-    """Return a reply with its fault, if that is one of the content."""
-    spoil = CONTENT_FAULTS.get(fault)
-    return spoil(copy.deepcopy(document), pick) if spoil else document
+    """Return a copy of a reply with its fault, if that is one of the content."""
+    return CONTENT_FAULTS.get(fault, lambda same, _: same)(copy.deepcopy(document), pick)
 
 
 class JudgeServer(http.server.ThreadingHTTPServer):
@@ -208,20 +192,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_error(404, f"there is no {self.command} {self.path}; expected {offered}")
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
         model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "opdjax"}
-        if path == "/v1/models":
-            self.reply(200, {"object": "list", "data": [model]})
-        elif path == "/stats":
-            self.reply(200, self.server.stats)
+        documents = {"/v1/models": {"object": "list", "data": [model]}, "/stats": self.server.stats}
+        if (path := self.path.partition("?")[0]) in documents:
+            self.reply(200, documents[path])
         else:
             self.refuse_path()
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "0")
-        if "Transfer-Encoding" in self.headers:
-            self.send_error(411, "expected a body with Content-Length, not a chunked one")
-        elif not (length.isascii() and length.isdigit()) or len(length) > 18:
+        if not (length.isascii() and length.isdigit()) or len(length) > 18:
             self.send_error(400, "Content-Length is no number")
         elif int(length) > MAX_BODY:
             self.send_error(413, f"the body has {length} bytes; expected at most {MAX_BODY}")
@@ -244,9 +224,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             self.send_error(400, str(error))
             return
-        options, document = self.server.options, reply_document(request)
+        options, document = self.server.options, rules.reply_document(request)
         with self.server.lock:
-            self.server.stats["roles"][role_of(request["messages"]) or "other"] += 1
+            self.server.stats["roles"][rules.role_of(request["messages"]) or "other"] += 1
         fault, pick = self.server.fault(body, document)
         if fault == "rate_limit":
             seconds = f"{0.05 + 0.15 * pick / 2**32:.3f}"
@@ -261,7 +241,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             text = json.dumps(spoiled(document, fault, pick))
             text = TEXT_FAULTS[fault](text) if fault in TEXT_FAULTS else text
             reason = "length" if fault == "truncated" else "stop"
-            self.reply(200, completion(request, text, reason))
+            self.reply(200, rules.completion(request, text, reason))
 
 
 def checked(body: bytes) -> Document:
@@ -280,7 +260,7 @@ def checked(body: bytes) -> Document:
         raise ValueError("stream, n: expected one reply that is not streamed")
     form = request.get("response_format")
     kind = form.get("type") if isinstance(form, dict) else None if form else "text"
-    has_schema = kind != "json_schema" or isinstance(requested_schema(request), dict)
+    has_schema = kind != "json_schema" or isinstance(rules.requested_schema(request), dict)
     if kind not in ("text", "json_object", "json_schema") or not has_schema:
         expected = "a type of text, json_object, or json_schema with a schema"
         raise ValueError(f"response_format: expected {expected}")
@@ -288,9 +268,8 @@ def checked(body: bytes) -> Document:
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--port", type=int, default=8321, help="the port; 0: any free one")
     add("--latency", type=float, default=0.0, help="seconds before each reply")

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         found = json.loads(file.read_text()) if file.exists() else {}
         found[title] = {
             "versions": {package: _version(package) for package in ("jax", "jaxlib", "libtpu")},
-            "mesh": plan.workload.mesh,
+            "mesh": dict(plan.workload.layout.shape),
             "counted_bytes": {each.name: plan.program_bytes(each.name) for each in programs},
             "programs": [described(program) for program in programs],
         }
@@ -64,11 +64,7 @@ def main(arguments: list[str]) -> int:
 
 def described(program: Program) -> dict[str, Any]:
     """The JSON entry of a program, with its collectives summed by kind and loop."""
-    fields = dataclasses.asdict(program)
-    return fields | {
-        "temp_bytes": program.temp_bytes,
-        "collectives": traffic(program.collectives),
-    }
+    return dataclasses.asdict(program) | {"collectives": traffic(program.collectives)}
 
 
 def _version(package: str) -> str | None:

@@ -1,8 +1,7 @@
 """`opdjax doctor`: finds mistakes that would train without an error.
 
 A check is a pure function of what measurements.py measures, and a row of CHECKS; its docstring says
-what it finds. It returns None if there is nothing to judge. All log-probabilities and tolerances
-are in nats.
+what it finds. It returns None if there is nothing to judge. Log-probs and tolerances are in nats.
 """
 
 from __future__ import annotations
@@ -22,16 +21,13 @@ from opdjax.data.tokenizer import FileTokenizer, load_tokenizer
 from opdjax.diagnose.measurements import Measurements
 from opdjax.models.hf import open_checkpoint
 from opdjax.rollouts import checks as cheap
-from opdjax.rollouts.checks import Finding, Problem, fault, finding, warning
+from opdjax.rollouts.checks import Finding, fault, finding, warning
 from opdjax.rollouts.on_policy import step_rollouts
 from opdjax.rollouts.setup import Setup, prepare, reads_scores
 
 # Below this mean score, the teacher's own answers do not meet the criteria.
 _MIN_REFERENCE_SCORE = 0.5
 _TEACHER_ADVICE = "check the teacher's weights, its tokenizer and its prompt format"
-
-
-# Checks that `train` runs too, without the models
 
 
 def tokenizers(m: Measurements) -> Finding:
@@ -45,20 +41,17 @@ def tokenizer_file(m: Measurements) -> Finding:
     from transformers import AutoTokenizer  # seconds
 
     problems, both = [], {"student": m.setup.tokenizer, "teacher": m.setup.teacher.tokenizer}
-    for role, ours in both.items():
-        if not isinstance(ours, FileTokenizer):
-            continue
+    files = {role: each for role, each in both.items() if isinstance(each, FileTokenizer)}
+    for role, ours in files.items():
         try:
             theirs = AutoTokenizer.from_pretrained(ours.name_or_path, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             problems.append(warning(f"transformers cannot read the {role}'s tokenizer: {error}"))
             continue
         if (found := first_difference(ours, theirs)) is not None:
-            split = "the {}'s tokenizer.json splits {!r} as {}, transformers as {}".format(
-                role, *found
-            )
+            split = "tokenizer.json splits {!r} as {}, transformers as {}".format(*found)
             advice = "opdjax reads the file; in transformers load it by PreTrainedTokenizerFast"
-            problems.append(warning(split, advice))
+            problems.append(warning(f"the {role}'s {split}", advice))
     return finding("tokenizer_file", problems, "transformers splits texts as tokenizer.json does")
 
 
@@ -91,28 +84,24 @@ def mask(m: Measurements) -> Finding:
     return cheap.check_mask(batch, rollouts, width, m.setup.decoding)
 
 
-# Checks of samples and scores
-
-
 def data(m: Measurements) -> Finding:
     """Prompts that repeat, that are trained on and evaluated, or that lack an answer."""
-    config, held_out = m.config, m.setup.evaluator
-    parts = {config.data.source: m.setup.prompts.prompts}
-    parts |= {config.evaluation.source: held_out.prompts.prompts} if held_out else {}
-    keys = {source: [key_of(row.prompt) for row in rows] for source, rows in parts.items()}
-    problems = [
-        warning(f"{repeated} of {len(found)} prompts of {source} repeat an earlier one")
-        for source, found in keys.items()
-        if (repeated := len(found) - len(set(found)))
-    ]
+    config, held_out, problems = m.config, m.setup.evaluator, []
     rows, count = m.setup.prompts.prompts, len(m.setup.prompts)
+    parts = {config.data.source: rows}
+    parts |= {config.evaluation.source: held_out.prompts.prompts} if held_out else {}
+    keys = {source: [key_of(row.prompt) for row in part] for source, part in parts.items()}
+    for source, found in keys.items():
+        if repeated := len(found) - len(set(found)):
+            text = f"{repeated} of {len(found)} prompts of {source} repeat an earlier one"
+            problems.append(warning(text))
     trained, evaluated = set(keys[config.data.source]), keys.get(config.evaluation.source, [])
     if shared := sum(key in trained for key in evaluated):
         found = f"{shared} of {len(evaluated)} prompts of the evaluation are also trained on"
         problems.append(warning(found, "its scores do not show how the student does on others"))
-    if count < config.train.prompts_per_step:
-        found = f"{count} prompts are fewer than train.prompts_per_step"
-        problems.append(warning(f"{found}, {config.train.prompts_per_step}: a step repeats them"))
+    if count < (wanted := config.train.prompts_per_step):
+        found = f"{count} prompts are fewer than train.prompts_per_step, {wanted}"
+        problems.append(warning(f"{found}: a step repeats them"))
     for name in ("answer", "references"):
         if 0 < (lacking := sum(not getattr(row, name) for row in rows)) < count:
             problems.append(warning(f"{lacking} of {count} prompts have no {name}"))
@@ -124,16 +113,15 @@ def padded_vocabulary(m: Measurements) -> Finding:
     """Embedding rows beyond the tokenizer that can be sampled, or have a probability."""
     width = valid_vocab(m.setup.tokenizer)
     sampled = np.asarray(m.rollouts.tokens)[np.asarray(m.rollouts.mask)]
-    problems = []
+    problems, masked = [], m.setup.decoding.valid_vocab
     if beyond := int((sampled >= width).sum()):
         found = f"{beyond} of {sampled.size} sampled tokens are ids from {width} on"
         problems.append(fault(f"{found}, which stand for no token"))
     for role, (rows, probability) in m.padding.items():
         if probability != 0:
             found = f"the {role} gives its padded ids {width} to {rows - 1} a probability"
-            cause = f"expected 0: the run masks ids from {m.setup.decoding.valid_vocab} on"
-            advice = f"set valid_vocab to {width}"
-            problems.append(fault(f"{found} of up to {probability:.3g}", cause, advice))
+            cause = f"expected 0: the run masks ids from {masked} on; set valid_vocab to {width}"
+            problems.append(fault(f"{found} of up to {probability:.3g}", cause))
     padding = ", ".join(f"{role} {rows - width}" for role, (rows, _) in m.padding.items())
     otherwise = f"{width} tokens; embedding rows beyond them ({padding}) have probability 0"
     return finding("padded_vocabulary", problems, otherwise)
@@ -141,37 +129,33 @@ def padded_vocabulary(m: Measurements) -> Finding:
 
 def sampler_matches_scorer(m: Measurements) -> Finding:
     """Log-probs of the sampler that are not the scorer's; a shift or a temperature is named."""
-    name, temperature = "sampler_matches_scorer", m.setup.decoding.temperature
-    dtype = cheap.coarsest_dtype(m.setup)
-    allowed = cheap.tolerance(m.backend, dtype)
+    temperature, dtype = m.setup.decoding.temperature, cheap.coarsest_dtype(m.setup)
+    allowed, name = cheap.tolerance(m.backend, dtype), "sampler_matches_scorer"
     sampled, mask = np.asarray(m.rollouts.unfiltered_logprobs), np.asarray(m.batch.mask)
     if not mask.any():
         return Finding(name, "fault", "the mask is empty; expected 1 on the sampled tokens")
     scores = m.score_at(temperature)
 
-    def gap(mask, sampled=sampled, scores=scores) -> tuple[float, float]:
+    def agrees(mask, sampled=sampled, scores=scores) -> bool:
         difference = np.abs(sampled - scores)[mask]
-        return float(difference.mean()), float(difference.max())
+        return difference.mean() <= allowed.mean and difference.max() <= allowed.largest
 
-    agrees = lambda mean, largest: mean <= allowed.mean and largest <= allowed.largest
-
-    mean, largest = gap(mask)
-    found = f"log-probs differ by at most {largest:.2g}, on average by {mean:.2g}"
-    found += f" over {int(mask.sum())} tokens"
-    if agrees(mean, largest):
+    difference = np.abs(sampled - scores)[mask]
+    found = f"log-probs differ by at most {difference.max():.2g}, on average by "
+    found += f"{difference.mean():.2g} over {int(mask.sum())} tokens"
+    if agrees(mask):
         return Finding(name, "ok", f"{found} ({dtype})")
-    causes = []
+    causes, unknown = [], "the cause is neither a shift nor a temperature: compare weights, dtypes"
     for side, step in cheap.SHIFTS:
-        if agrees(*gap(np.roll(mask, -step, axis=1))):
+        if agrees(np.roll(mask, -step, axis=1)):
             causes.append(f"the mask is shifted by one column to the {side}")
-        if agrees(*gap(mask, sampled=np.roll(sampled, -step, axis=1))):
+        if agrees(mask, sampled=np.roll(sampled, -step, axis=1)):
             causes.append(f"the sampler's log-probs are shifted by one column to the {side}")
-    if not causes and temperature != 1 and agrees(*gap(mask, scores=m.score_at(1.0))):
+    if not causes and temperature != 1 and agrees(mask, scores=m.score_at(1.0)):
         other = f"the scorer's of {temperature:g}"
         causes.append(f"the sampler's log-probs are those of temperature 1, {other}")
-    severity = fault if causes or not mean <= allowed.mean else warning
+    severity = fault if causes or not difference.mean() <= allowed.mean else warning
     expected = f"expected at most {allowed.largest:g}, on average {allowed.mean:g} in {dtype}"
-    unknown = "the cause is neither a shift nor a temperature: compare weights and dtypes"
     return Finding(name, *severity(found, expected, *(causes or [unknown])))
 
 
@@ -185,31 +169,31 @@ def self_distillation(m: Measurements) -> Finding:
     largest_norm = max(allowed.gradient * scale, 10 * allowed.mean)
     is_same = itself.log_ratio <= allowed.mean and abs(itself.kl) <= allowed.mean
     is_still = abs(itself.loss) <= allowed.mean and itself.gradient_norm <= largest_norm
-    result = "ok", f"a student that is its own teacher has nothing to learn: {itself}"
+    who = "a student that is its own teacher"
+    result = "ok", f"{who} has nothing to learn: {itself}"
     if not is_same:
-        found = f"a student that is its own teacher disagrees with itself: {itself}"
-        result = fault(found, "expected 0", "give both the same vocabulary mask")
-    elif is_zero and not is_still:
-        found = f"recipe {recipe!r} updates a student that is its own teacher: {itself}"
-        result = fault(found, "expected 0", "check its options")
+        advice = "give both the same vocabulary mask"
+        result = fault(f"{who} disagrees with itself: {itself}", "expected 0", advice)
     elif not is_zero:
-        found = f"a student that is its own teacher agrees with itself: {itself}"
-        result = "ok", f"{found} (recipe {recipe!r} may have another loss and gradient there)"
+        more = f"(recipe {recipe!r} may have another loss and gradient there)"
+        result = "ok", f"{who} agrees with itself: {itself} {more}"
+    elif not is_still:
+        found = f"recipe {recipe!r} updates {who}: {itself}"
+        result = fault(found, "expected 0", "check its options")
     return Finding("self_distillation", *result, (f"against the teacher: {from_teacher}",))
 
 
 def teacher_dtype(m: Measurements) -> Finding:
     """Rounding of the teacher that the student would learn."""
-    name, dtype, stored = "teacher_dtype", m.dtype, m.setup.teacher.checkpoint.stored_dtype
-    if dtype == "float32":
-        return Finding(name, "ok", f"the teacher computes in float32 (stored as {stored})")
-    difference, mean = m.teacher_rounding, float(m.teacher_rounding.mean())
-    found = f"the teacher computes in {dtype} (stored as {stored}), on average {mean:.2g}"
-    found += f" a token and at most {difference.max():.2g} from float32"
-    if stored != "float32" and mean <= cheap.tolerance(m.backend, m.dtype).mean:
-        return Finding(name, "ok", found)
-    advice = "--train.dtype float32 keeps the checkpoint's precision, at twice the memory"
-    return Finding(name, *warning(found, advice))
+    dtype, stored = m.dtype, m.setup.teacher.checkpoint.stored_dtype
+    found, problems = f"the teacher computes in {dtype} (stored as {stored})", []
+    if dtype != "float32":
+        mean, largest = m.teacher_rounding.mean(), m.teacher_rounding.max()
+        found += f", on average {mean:.2g} a token and at most {largest:.2g} from float32"
+        if stored == "float32" or not mean <= cheap.tolerance(m.backend, dtype).mean:
+            advice = "--train.dtype float32 keeps the checkpoint's precision, at twice the memory"
+            problems.append(warning(found, advice))
+    return finding("teacher_dtype", problems, found)
 
 
 def repeated_scores(m: Measurements) -> Finding:
@@ -222,8 +206,7 @@ def repeated_scores(m: Measurements) -> Finding:
         is_same = (first == other) | (np.isnan(first) & np.isnan(other))
         return float(np.max(np.abs(np.where(is_same, 0, first - other)), initial=0))
 
-    repeated, moved = largest_difference(again), largest_difference(regrouped)
-    problems = []
+    repeated, moved, problems = largest_difference(again), largest_difference(regrouped), []
     if repeated != 0:
         found = f"two teacher scorings of one batch differ by up to {repeated:.2g}"
         cause = "expected the same bits: a run will not repeat, look for nondeterministic kernels"
@@ -254,30 +237,23 @@ def teacher_is_better(m: Measurements) -> Finding:
     elif teacher.mean() > student.mean():
         # A post-trained teacher may phrase answers unlike the references: then its grades count.
         if correct is not None and correct[1] > correct[0]:
-            found += ": the teacher phrases answers unlike the references, but more of them are"
-            found += " correct"
+            found += ": the teacher phrases answers unlike the references, but more are correct"
         else:
-            problems.append(_behind(found, teacher - student, m))
+            advice = "student and teacher look swapped (check --student.path and --teacher.path), "
+            advice += "or the teacher does not know its prompt format"
+            if m.config.teacher_is_student:
+                advice = "the model makes no use of what data.teacher_prompt_format shows it; "
+                advice += "reword that"
+            # Clear: by more than two standard errors over the prompts.
+            behind, count = teacher - student, max(len(teacher) - 1, 1)
+            is_clear = behind.mean() > 2 * behind.std() / np.sqrt(count)
+            severity = fault if is_clear and correct is not None else warning
+            problems.append(severity(found, f"expected a lower NLL of the teacher: {advice}"))
     if correct is not None and correct[1] == 0:
-        none = f"the teacher answers none of {len(teacher)} prompts correctly"
-        none = none if problems else f"{found}: {none}"
+        none = f"{found}: " * (not problems)
+        none += f"the teacher answers none of {len(teacher)} prompts correctly"
         problems.append(fault(none, "expected at least one", f"{_TEACHER_ADVICE}, and the grader"))
     return finding("teacher_is_better", problems, found)
-
-
-def _behind(found: str, behind: np.ndarray, m: Measurements) -> Problem:
-    """Return the problem of a teacher whose NLL is `behind` the student's `[P]`."""
-    advice = "student and teacher look swapped (check --student.path and --teacher.path), or "
-    advice += "the teacher does not know its prompt format"
-    if m.config.teacher_is_student:
-        advice = "the model makes no use of what data.teacher_prompt_format shows it; reword that"
-    # Clear: by more than two standard errors over the prompts.
-    is_clear = behind.mean() > 2 * behind.std() / np.sqrt(max(len(behind) - 1, 1))
-    severity = fault if is_clear and m.correct is not None else warning
-    return severity(found, f"expected a lower NLL of the teacher: {advice}")
-
-
-# Checks of judges
 
 
 def judge(m: Measurements) -> Finding:
@@ -300,9 +276,7 @@ def judge_spread(m: Measurements) -> Finding | None:
     if not any(groups):
         return None
     tied = sum(len(scores) < 2 for scores in groups)
-    text = (
-        f"in {tied} of {len(groups)} groups all rollouts have the same score and give no gradient"
-    )
+    text = f"in {tied} of {len(groups)} groups all rollouts have the same score: no gradient"
     return Finding("judge_spread", "warning" if tied == len(groups) else "ok", text)
 
 
@@ -325,15 +299,11 @@ def judge_cost(m: Measurements) -> Finding | None:
     text = f"a run sends about {total('calls'):,.0f} requests with"
     text += f" {total('input_tokens') / 1e6:,.2f} million input tokens and"
     text += f" {total('output_tokens') / 1e6:,.2f} million output tokens"
-    models = (m.config.rubricator.model, m.config.verifier.model)
-    if any(any(m.config.api.price_of(model)) for model in models):
+    api, models = m.config.api, (m.config.rubricator.model, m.config.verifier.model)
+    if any(any(api.price_of(model)) for model in models):
         return Finding("judge_cost", "ok", f"{text}, for {total('dollars'):,.2f} dollars")
-    status = "warning" if m.config.api.max_dollars > 0 else "ok"
-    no_price = "no price is set, so api.max_dollars has no effect"
-    return Finding("judge_cost", status, f"{text}; {no_price}")
-
-
-# The table of checks
+    text += "; no price is set, so api.max_dollars has no effect"
+    return Finding("judge_cost", "warning" if api.max_dollars > 0 else "ok", text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +326,6 @@ class Check:
 
 
 _is_judged = lambda config: config.is_judged
-
 # In the order in which they run. A new check is a function above and a row here.
 CHECKS = (
     Check(tokenizers, "choose a teacher with the student's tokenizer", reads_scores),
@@ -381,23 +350,16 @@ CHECKS = (
 
 
 def choose(names: Sequence[str], config: Config) -> list[Check]:
-    """Return the checks of these names that apply to a run; no names: all that apply.
-
-    ConfigError, which lists the names, if there is no such check or it does not apply.
-    """
-    chosen = [check for check in CHECKS if check.applies(config)]
-    applicable = [check.name for check in chosen]
+    """Return the checks of these names, or all that apply; ConfigError, with a list, on others."""
+    chosen = {check.name: check for check in CHECKS if check.applies(config)}
     for name in names:
-        expected = f"checks that apply to this run: {', '.join(applicable)}"
-        require(name in applicable, "--only", name, expected)
-    return [check for check in chosen if not names or check.name in names]
+        expected = f"checks that apply to this run: {', '.join(chosen)}"
+        require(name in chosen, "--only", name, expected)
+    return [check for name, check in chosen.items() if not names or name in names]
 
 
 def run_checks(config: Config, num_prompts: int = 8, only: Sequence[str] = ()) -> Iterator[Finding]:
-    """Yield the findings on a run of this config, by the checks of `choose(only, config)`.
-
-    If the tokenizers differ, that finding alone: the other checks compare ids.
-    """
+    """Yield the findings of the checks `choose(only, config)`; if tokenizers differ, that alone."""
     require(num_prompts > 0, "--num-prompts", num_prompts, "at least 1")
     choose(only, config)  # before the models are loaded
     if reads_scores(config):
@@ -429,5 +391,4 @@ def examine(setup: Setup, num_prompts: int = 8, only: Sequence[str] = ()) -> Ite
 
 def describe() -> str:
     """Return all checks: name, what it finds, what to do."""
-    rows = [f"{check.name:24}{check.finds} What to do: {check.advice}." for check in CHECKS]
-    return "\n".join(rows)
+    return "\n".join(f"{each.name:24}{each.finds} What to do: {each.advice}." for each in CHECKS)

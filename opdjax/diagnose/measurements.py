@@ -1,7 +1,4 @@
-"""What `opdjax doctor` measures of a run: a few prompts through its own sampler, scorers and loss.
-
-doctor.py and rollouts/checks.py judge the measurements.
-"""
+"""What `opdjax doctor` measures: a few prompts through a run's own sampler, scorers and loss."""
 
 from __future__ import annotations
 
@@ -17,15 +14,8 @@ import numpy as np
 import optax
 
 from opdjax.config import Config
+from opdjax.data import packing
 from opdjax.data.chat import valid_vocab
-from opdjax.data.packing import (
-    answer_rows,
-    for_teacher,
-    pack,
-    packed_lengths,
-    to_train_batch,
-    unpack,
-)
 from opdjax.data.prompt_rows import Prompt
 from opdjax.data.prompts import PromptSet, collate, indices_at
 from opdjax.engine.decoding import Decoding
@@ -40,18 +30,11 @@ from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, load_params
 from opdjax.ops.sharding import to_host
 from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
+from opdjax.rollouts import setup as run_setup
 from opdjax.rollouts.checks import with_student_as_teacher
 from opdjax.rollouts.on_policy import draw
 from opdjax.rollouts.rows import with_option_columns
-from opdjax.rollouts.setup import (
-    Setup,
-    Teacher,
-    initial_weights,
-    load_student,
-    reads_scores,
-    update_spec,
-    with_current_teacher,
-)
+from opdjax.rollouts.setup import Setup, Teacher, reads_scores
 from opdjax.types import PromptBatch, Rollouts, TeacherScores, TrainBatch
 
 _PADDING = 16  # columns added when scores are repeated
@@ -68,17 +51,12 @@ class FirstUpdate:
     gradient_norm: float
 
     def __str__(self) -> str:
-        return (
-            f"mean |log-ratio| {self.log_ratio:.2g}, KL {self.kl:.2g}, loss {self.loss:.2g}, "
-            f"gradient norm {self.gradient_norm:.2g}"
-        )
+        first = f"mean |log-ratio| {self.log_ratio:.2g}, KL {self.kl:.2g}"
+        return f"{first}, loss {self.loss:.2g}, gradient norm {self.gradient_norm:.2g}"
 
 
 class Measurements:
-    """Measurements of a run's untrained models on its first prompts, each made at its first use.
-
-    Log-probs and NLLs are in nats, `[P]` is an axis of prompts.
-    """
+    """What is measured, when first used, of untrained models on the first prompts `[P]`; nats."""
 
     def __init__(self, run: Setup, num_prompts: int):
         self._run, self._num_prompts = run, num_prompts
@@ -93,9 +71,8 @@ class Measurements:
         if not reads_scores(self.config):
             head = head_of(self._student_params, valid_vocab=run.decoding.valid_vocab)
             return with_student_as_teacher(run, self._student_params, head)
-        if self.config.teacher_is_student:
-            return with_current_teacher(run, self._student_params)
-        return run
+        is_own = self.config.teacher_is_student
+        return run_setup.with_current_teacher(run, self._student_params) if is_own else run
 
     @cached_property
     def _student_params(self) -> Params:
@@ -113,10 +90,9 @@ class Measurements:
     @property
     def _student(self) -> Teacher:
         """The student in the form of a teacher, with the run's mask and temperature."""
-        params, setup, decoding = self._student_params, self.setup, self.setup.decoding
-        masks = {"valid_vocab": decoding.valid_vocab, "temperature": decoding.temperature}
-        source = (setup.tokenizer, decoding)
-        return Teacher(setup.student, params, head_of(params, **masks), *source, True)
+        params, setup, how = self._student_params, self.setup, self.setup.decoding
+        head = head_of(params, valid_vocab=how.valid_vocab, temperature=how.temperature)
+        return Teacher(setup.student, params, head, setup.tokenizer, how, True)
 
     @cached_property
     def rollouts(self) -> Rollouts:
@@ -127,11 +103,11 @@ class Measurements:
     @cached_property
     def batch(self) -> TrainBatch:
         """The rollouts as the update reads them, without scores."""
-        batch = to_train_batch(self.rollouts, self.prompts)
-        if reads_scores(self.config):  # otherwise rewards need whole groups; no check reads them
-            data = (self.config, self.setup.prompts, self.setup.tokenizer)
-            batch, _ = with_option_columns(batch, self.rollouts, *data)
-        return batch
+        batch = packing.to_train_batch(self.rollouts, self.prompts)
+        if not reads_scores(self.config):  # rewards need whole groups; no check reads them
+            return batch
+        data = (self.config, self.setup.prompts, self.setup.tokenizer)
+        return with_option_columns(batch, self.rollouts, *data)[0]
 
     @property
     def _own_batch(self) -> TrainBatch:
@@ -140,28 +116,28 @@ class Measurements:
     @cached_property
     def teacher_answers(self) -> Rollouts:
         """Greedy answers of the teacher."""
-        return self._greedy(self.setup.teacher, for_teacher(self.prompts))
+        return self._greedy(self.setup.teacher, packing.for_teacher(self.prompts))
 
     @cached_property
     def padding(self) -> dict[str, tuple[int, float]]:
         """By role: (rows of the embedding, largest probability of all ids beyond the tokenizer)."""
-        width, found = valid_vocab(self.setup.tokenizer), {}
+        width = valid_vocab(self.setup.tokenizer)
         beyond = lambda tile, *_: jnp.sum(jnp.exp(tile.logprobs[:, width:]), axis=-1)
         mass_of = jax.jit(partial(tiled_stats, beyond, tile=TILE))
-        pairs = ((self._student, self._own_batch), (self.setup.teacher, self.batch))
-        for role, (model, batch) in zip(("student", "teacher"), pairs):
-            rows, mass = len(model.params["embedding"]), 0.0
-            if rows > width:
-                hidden = self._score(model, batch, needs="vocabulary").hidden
-                columns = TokenInputs(batch.tokens)
-                mass = float(mass_of(hidden, model.head, batch.mask, columns).max())
-            found[role] = rows, mass
-        return found
+
+        def measure(model: Teacher, batch: TrainBatch) -> tuple[int, float]:
+            if (rows := len(model.params["embedding"])) <= width:
+                return rows, 0.0
+            hidden = self._score(model, batch, needs="vocabulary").hidden
+            mass = mass_of(hidden, model.head, batch.mask, TokenInputs(batch.tokens))
+            return rows, float(mass.max())
+
+        teacher = measure(self.setup.teacher, self.batch)
+        return {"student": measure(self._student, self._own_batch), "teacher": teacher}
 
     def score_at(self, temperature: float) -> np.ndarray:
-        """Return the scorer's log-probs `[B, T]` of the rollouts at a temperature of the student.
-
-        They reach one column left and right of the mask: the tokens are there if it is shifted.
+        """Return the scorer's log-probs `[B, T]` at a temperature of the student, also one column
+        left and right of the mask: the tokens are there if it is shifted.
         """
         mask = jnp.asarray(self.batch.mask)
         near = mask | jnp.roll(mask, 1, axis=1) | jnp.roll(mask, -1, axis=1)
@@ -173,7 +149,7 @@ class Measurements:
     @cached_property
     def first_updates(self) -> tuple[FirstUpdate, FirstUpdate]:
         """Two updates: with the student's own weights as the teacher, and with the teacher."""
-        weights, student = load_student(self.setup), self._student
+        weights, student = run_setup.load_student(self.setup), self._student
         # With the teacher's mask and temperature.
         head = dataclasses.replace(self.setup.teacher.head, kernel=student.head.kernel)
         itself = dataclasses.replace(student, head=head)
@@ -188,15 +164,14 @@ class Measurements:
         scores = self._score(teacher, batch, needs=needs, top_k=estimator.top_k)
         head = teacher.head if needs == "vocabulary" else None
         # Micro-batches no larger than the run's.
-        rows = own.tokens.shape[0]
+        rows, mask = len(own.tokens), np.asarray(own.mask)
         most = max(config.rows_per_step // config.train.gradient_accumulation_steps, 1)
         parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
-        spec = update_spec(self.setup)
-        spec = dataclasses.replace(spec, gradient_accumulation_steps=parts, mesh=None)
+        changes = {"gradient_accumulation_steps": parts, "mesh": None}
+        spec = dataclasses.replace(run_setup.update_spec(self.setup), **changes)
         scored, (params, frozen) = dataclasses.replace(own, teacher=scores), weights
         run = jax.jit(loss_and_grad, static_argnames="spec")
         loss, gradient, outputs, _ = run(params, scored, head, spec, frozen=frozen)
-        mask = np.asarray(own.mask)
         reward = np.asarray(outputs["rewards"])[mask]
         kl = np.asarray(outputs["kl"])[mask] if "kl" in outputs else -reward
         values = (np.abs(reward).mean(), kl.mean(), loss, optax.tree.norm(gradient))
@@ -209,12 +184,12 @@ class Measurements:
     @cached_property
     def teacher_rounding(self) -> np.ndarray:
         """|log-prob - log-prob in float32| of the sampled tokens by the teacher."""
-        params = self._load(self.setup.teacher.checkpoint, "float32")
-        head = dataclasses.replace(self.setup.teacher.head, kernel=head_of(params).kernel)
-        exact = self._logprobs(
-            dataclasses.replace(self.setup.teacher, params=params, head=head), self.batch
-        )
-        return np.abs(self._teacher_scores - exact)[np.asarray(self.batch.mask)]
+        teacher = self.setup.teacher
+        params = self._load(teacher.checkpoint, "float32")
+        head = dataclasses.replace(teacher.head, kernel=head_of(params).kernel)
+        exact = dataclasses.replace(teacher, params=params, head=head)
+        difference = self._teacher_scores - self._logprobs(exact, self.batch)
+        return np.abs(difference)[np.asarray(self.batch.mask)]
 
     @cached_property
     def repeated_scores(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
@@ -226,9 +201,10 @@ class Measurements:
         layout, rows = "packed rows", None
         if length is None:  # one rollout per row as before, in other columns
             layout, rows = "other padding", np.arange(len(batch.tokens))
-            length = int(packed_lengths(batch).max()) + _PADDING
-        packed, source = pack(batch, length, parts=parts, rows=rows)
-        regrouped = unpack(self._logprobs(teacher, packed, parts), source, batch.tokens.shape)
+            length = int(packing.packed_lengths(batch).max()) + _PADDING
+        packed, source = packing.pack(batch, length, parts=parts, rows=rows)
+        scores = self._logprobs(teacher, packed, parts)
+        regrouped = packing.unpack(scores, source, batch.tokens.shape)
         # Padding, which a faulty mask may hold, is in no other layout.
         mask = np.asarray(batch.mask) & (np.asarray(batch.segment_ids) > 0)
         return *(each[mask] for each in (self._teacher_scores, again, regrouped)), layout
@@ -240,7 +216,7 @@ class Measurements:
         has_references = all(texts and texts[0] for texts in references)
         first = (texts[0] if has_references else "" for texts in references)
         texts = [encode(text, add_special_tokens=False) for text in first]
-        teacher = self._nll(self.setup.teacher, for_teacher(self.prompts), texts)
+        teacher = self._nll(self.setup.teacher, packing.for_teacher(self.prompts), texts)
         return self._nll(self._student, self.prompts, texts), teacher, has_references
 
     @cached_property
@@ -260,7 +236,7 @@ class Measurements:
 
         run, train = self._run, self.config.train
         prompts = self._first_prompts(run.prompts, _NUM_GROUPS)
-        rollouts = to_host(draw(run, initial_weights(run), prompts, 0))
+        rollouts = to_host(draw(run, run_setup.initial_weights(run), prompts, 0))
         with tempfile.TemporaryDirectory() as name:
             scratch = pathlib.Path(name)
             with background_judge(self.config, scratch) as background:
@@ -276,8 +252,6 @@ class Measurements:
     def _rows(self) -> list[Prompt]:
         return [self.setup.prompts.prompts[i] for i in self.prompts.prompt_id]
 
-    # Passes through the models
-
     def _load(self, checkpoint: Checkpoint, dtype: str) -> Params:
         # Placed as the teacher's: models of one shape then share a program.
         return load_params(checkpoint, dtype, self._run.mesh)
@@ -291,11 +265,10 @@ class Measurements:
         return np.asarray(self._score(model, batch, needs="token", parts=parts).teacher_logprobs)
 
     def _nll(self, model: Teacher, prompts: PromptBatch, texts: list[list[int]]) -> np.ndarray:
-        """Return the mean NLL a token of each text `[P]` after its prompt, at temperature 1.
-
-        If all texts are empty, that of the prompts, whose first token nothing predicts.
+        """Return the mean NLL a token of each text `[P]` after its prompt, at temperature 1, or of
+        the prompts if all texts are empty; nothing predicts their first token.
         """
-        rows = answer_rows(prompts, texts, max(map(len, texts)), 0)
+        rows = packing.answer_rows(prompts, texts, max(map(len, texts)), 0)
         position = np.cumsum(rows.segment_ids, axis=1) * rows.segment_ids
         mask = rows.mask if rows.mask.any() else position > 1
         head = head_of(model.params, valid_vocab=self.setup.decoding.valid_vocab)
@@ -307,14 +280,11 @@ class Measurements:
         """Sample greedy answers that stop at any id with which one of the two models may stop, and
         at the run's stop strings.
         """
-        setup, decoding = self.setup, self.setup.decoding
+        setup, how, shape = self.setup, self.setup.decoding, model.checkpoint.config
         stops = {*setup.teacher.checkpoint.stop_token_ids, *setup.student.stop_token_ids}
         stops |= {setup.tokenizer.eos_token_id, setup.teacher.tokenizer.eos_token_id}
-        stop_token_ids = tuple(sorted((stops | {*decoding.stop_token_ids}) - {None}))
-        length, valid = decoding.max_completion_length, decoding.valid_vocab
-        own = {"valid_vocab": valid, "stop_strings": model.decoding.stop_strings}
-        decoding = Decoding(length, stop_token_ids, temperature=0.0, **own)
+        stops = tuple(sorted((stops | {*how.stop_token_ids}) - {None}))
+        own = {"valid_vocab": how.valid_vocab, "stop_strings": model.decoding.stop_strings}
+        how = Decoding(how.max_completion_length, stops, 0.0, **own)
         prompts = dataclasses.replace(prompts, teacher_tokens=None, teacher_mask=None)
-        return sample(
-            model.params, prompts, 0, 0, config=model.checkpoint.config, decoding=decoding
-        )
+        return sample(model.params, prompts, 0, 0, config=shape, decoding=how)

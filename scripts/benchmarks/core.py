@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import pathlib
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from opdjax.report.table import markdown
 from opdjax.runs.workdir import num_cores
@@ -20,17 +20,12 @@ from opdjax.runs.workdir import num_cores
 Row = dict[str, Any]  # a list of numbers is one per run: the table shows their median and range
 
 
-@dataclasses.dataclass(frozen=True)
-class Runs:
+class Runs(NamedTuple):
     """All counted runs of one piece of work, in order."""
 
     wall: list[float]  # seconds
     cpu: list[float]  # CPU seconds of the process
     results: list[Any]  # what `describe` returned for each run
-
-    def row(self) -> Row:
-        """Return the columns of a table that show the two clocks."""
-        return {"seconds": self.wall, "CPU seconds": self.cpu}
 
 
 def alternate(
@@ -52,18 +47,10 @@ def alternate(
             wall, cpu = time.perf_counter(), time.process_time()
             result = jax.block_until_ready(works[name]())
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            described = describe(result)
             if turn >= warm_ups:
-                runs = found[name]
-                runs.wall.append(wall)
-                runs.cpu.append(cpu)
-                runs.results.append(described)
+                for values, value in zip(found[name], (wall, cpu, describe(result))):
+                    values.append(value)
     return found
-
-
-def temp_mib(compiled: Any) -> float:
-    """Return XLA's figure of a program's temporary memory, without arguments and results."""
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def progress(row: Row) -> Row:
@@ -74,13 +61,9 @@ def progress(row: Row) -> Row:
 
 def machine() -> str:
     """Return the processor, its cores, and the backend of jax if it is in use."""
-    model = platform.processor()
     info = pathlib.Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    found = f"{model}, {num_cores()} cores"
+    named = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
+    found = f"{named[1] if named else platform.processor()}, {num_cores()} cores"
     if jax := sys.modules.get("jax"):
         devices = jax.devices()
         found += f"; jax {jax.__version__} on {len(devices)} x {devices[0].device_kind}"
@@ -112,14 +95,10 @@ def report(
     """Print the table; write rows, machine, options and `facts` to the file `--output`."""
     hidden = ("command", "run", "output")
     chosen = {name: value for name, value in vars(options).items() if name not in hidden}
-    heading = f"`benchmark.py {options.command}` on {machine()}."
-    given = ", ".join(f"{name} {_plain(value)}" for name, value in chosen.items())
-    print("\n".join([heading, f"Options: {given}.", *notes, "", to_markdown(rows)]))
+    document = {"command": options.command, "machine": machine(), "options": chosen}
+    given = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    heading = f"`benchmark.py {options.command}` on {machine()}. Options: {given}."
+    print("\n".join([heading, *notes, "", to_markdown(rows)]))
     if options.output:
-        document = {"command": options.command, "machine": machine(), "options": chosen}
         document |= {"rows": rows, **facts}
         options.output.write_text(json.dumps(document, indent=1, default=str) + "\n")
-
-
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

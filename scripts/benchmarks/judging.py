@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import math
 import pathlib
 import subprocess
 import sys
@@ -23,9 +22,8 @@ SERVER = pathlib.Path(__file__).parents[1] / "serve_rule_judge.py"
 def add_judge(parser: argparse.ArgumentParser) -> None:
     """Measure requests a second of the judge's client.
 
-    `scripts/serve_rule_judge.py` answers every request after the given latency, so the most that
-    the requests in flight allow is their number divided by the latency. `no cache`: the client.
-    `first pass`, `second pass`: the client with its cache of replies, empty and then full.
+    `scripts/serve_rule_judge.py` answers every request after the given latency. `no cache`: the
+    client. `first pass`, `second pass`: the client with its cache of replies, empty and then full.
     """
     parser.set_defaults(run=judge, repeats=3)
     add = parser.add_argument
@@ -81,12 +79,9 @@ def judge(options: argparse.Namespace) -> None:
             "second pass": lambda: asyncio.run(make_calls(url, options, file)),
         }
         found = alternate(works, options.repeats)
-    allowed = options.in_flight / options.latency if options.latency else math.inf
     rows = []
     for name, runs in found.items():
-        rates = [options.calls / seconds for seconds in runs.wall]
-        row = {"form": name, "calls/s": rates}
-        row["% of what is allowed"] = [100 * rate / allowed for rate in rates]
+        row = {"form": name, "calls/s": [options.calls / seconds for seconds in runs.wall]}
         row["CPU ms a call"] = [1000 * seconds / options.calls for seconds in runs.cpu]
         rows.append(progress(row))
     report(rows, options)

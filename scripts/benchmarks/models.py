@@ -1,4 +1,4 @@
-"""Shapes and checkpoints of small models, and the least time of their work on this machine."""
+"""Shapes and checkpoints of small models."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import json
 import pathlib
 import shutil
 import tempfile
-import time
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from opdjax.models.decoder import DecoderConfig
 from opdjax.models.families import family_of
@@ -54,9 +50,6 @@ def qwen3(
 MODELS = {
     "3.4M": qwen3(256, 4, 8, 4, 32, 768, 4096),
     "5M": qwen3(256, 6, 8, 4, 32, 768, 4096),
-    "0.6B": qwen3(1024, 28, 16, 8, 128, 3072, 151_936),
-    "1.7B": qwen3(2048, 28, 16, 8, 128, 6144, 151_936),
-    "4B": qwen3(2560, 36, 32, 8, 128, 9728, 151_936),
 }
 
 
@@ -65,40 +58,14 @@ def decoder_of(raw: dict[str, Any]) -> DecoderConfig:
     return family_of(raw).read_config(raw)
 
 
-def forward_flops(model: DecoderConfig, tokens: float, contexts: float, predictions: float):
-    """Return the FLOPs of the matrix products of a forward pass of `tokens` tokens.
-
-    They attend to `contexts` columns in total; `predictions` of them go through the head.
-    """
-    kernels = model.head_size * 2 * (model.num_heads + model.num_kv_heads)
-    kernels = model.hidden_size * (kernels + 3 * model.intermediate_size)
-    scores = 4 * model.num_heads * model.head_size * contexts
-    head = 2 * model.hidden_size * model.vocab_size * predictions
-    return model.num_layers * (2 * kernels * tokens + scores) + head
-
-
-def product_rate(size: int = 3072, dtype: str = "float32") -> float:
-    """Return the FLOPs a second of the product of two square matrices, the best of six."""
-    product, x = jax.jit(jnp.matmul), jnp.ones((size, size), dtype)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        jax.block_until_ready(product(x, x))
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
-
-def write_model(
-    params: dict, raw: dict[str, Any], tokenizer: Any, out: pathlib.Path, dtype: str = "float32"
-) -> None:
-    """Write a Hugging Face directory with these weights; an existing one is replaced."""
-    stops = (raw["eos_token_id"],)
+def write_model(params: dict, raw: dict[str, Any], tokenizer: Any, out: pathlib.Path) -> None:
+    """Write a Hugging Face directory with these weights, float32; an existing one is replaced."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         ids = {"eos_token_id": raw["eos_token_id"], "pad_token_id": raw["pad_token_id"]}
         pathlib.Path(folder, "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
         parts = pathlib.Path(folder), raw, family_of(raw), decoder_of(raw)
-        source = Checkpoint(*parts, stops, dtype)
+        source = Checkpoint(*parts, (raw["eos_token_id"],), "float32")
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         export(params, source, out)

@@ -89,9 +89,8 @@ def seconds_of(config: Config, clock: str) -> dict[str, float]:
 
 def step(options: argparse.Namespace) -> None:
     configs = settings_of(options.file)
-    if options.only:
-        is_wanted = lambda name: any(text in name for text in options.only)
-        configs = {name: config for name, config in configs.items() if is_wanted(name)}
+    is_wanted = lambda name: not options.only or any(text in name for text in options.only)
+    configs = {name: config for name, config in configs.items() if is_wanted(name)}
     found: dict[str, Row] = {name: {} for name in configs}
     for _ in range(options.repeats):
         for name, config in configs.items():

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import opdjax.diagnose.measurements
+import opdjax.data.packing
 import opdjax.rollouts.on_policy
 import opdjax.rollouts.setup
 import opdjax.train
@@ -344,7 +344,7 @@ def test_fault_3_a_shifted_mask(healthy, monkeypatch, side, step):
         batch = to_train_batch(rollouts, prompts)
         return dataclasses.replace(batch, mask=jnp.roll(batch.mask, step, axis=1))
 
-    monkeypatch.setattr(opdjax.diagnose.measurements, "to_train_batch", shifted)
+    monkeypatch.setattr(opdjax.data.packing, "to_train_batch", shifted)
     findings = diagnose(healthy)
     assert complaints(findings) == {"mask": "fault", "sampler_matches_scorer": "fault"}
     for finding in (findings["mask"], findings["sampler_matches_scorer"]):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from opdjax.config.recipes import PLAIN
-from opdjax.diagnose.audit.subjects import Part, Progress, Subject
+from opdjax.diagnose.audit.subjects import Part, Subject
 from opdjax.estimators.divergence import reverse_kl
 from opdjax.estimators.opd import score_norms
 from opdjax.ops.tile import VocabTile
@@ -30,26 +30,20 @@ def random_contexts(num_contexts: int, vocab: int, seed: int) -> tuple[np.ndarra
 
 
 def audit_vocabulary(
-    subjects: list[Subject],
-    *,
-    num_contexts: int = 1000,
-    vocab: int = 50,
-    seed: int = 0,
-    progress: Progress = iter,
+    subjects: list[Subject], size: tuple[int, int] = (1000, 50), seed: int = 0, progress=iter
 ) -> Part:
-    """Return bias, cosine and action variance of uncoupled subjects, among them `opd`, at random
-    contexts, from the loss at every token. Float64.
+    """Return bias, cosine and action variance of uncoupled subjects, with `opd`, from the loss at
+    every token. `size`: the number of random contexts and of ids. Float64.
     """
     stats = {}
     with jax.enable_x64(True):
-        logits = random_contexts(num_contexts, vocab, seed)
-        student, teacher = (VocabTile(jnp.asarray(x)) for x in logits)
+        student, teacher = (VocabTile(jnp.asarray(x)) for x in random_contexts(*size, seed))
         mean_reward = -jnp.mean(reverse_kl(student, teacher))
         for each in progress(subjects):
             found = jax.jit(partial(enumerate_draws, each))(student, teacher, mean_reward)
             stats[each.name] = jax.tree.map(np.asarray, found)
     rows = {name: summarise(found, stats[PLAIN]["variance"]) for name, found in stats.items()}
-    return {"num_contexts": num_contexts, "vocab": vocab, "seed": seed, "rows": rows}
+    return {"num_contexts": size[0], "vocab": size[1], "seed": seed, "rows": rows}
 
 
 def _probs(tile: VocabTile) -> Float[Array, "n V"]:
@@ -70,9 +64,8 @@ def forward_gradient(student: VocabTile, teacher: VocabTile) -> Float[Array, "n 
 def measure(subject: Subject, student: VocabTile, teacher: VocabTile, mean_reward: Scalar) -> Stats:
     """Return statistics of an uncoupled subject at each context, for `summarise`.
 
-    Gradients are those of the logits, from closed forms that cost O(V) a context: the gradient of
-    a sampled token is `-A_v (e_v - p)` and its squared norm `A_v^2 w_v`. The part of the loss that
-    does not depend on the sampled token is differentiated.
+    Closed forms cost O(V) a context: a sampled token's gradient of the logits is `-A_v (e_v - p)`,
+    its squared norm `A_v^2 w_v`. The loss that does not depend on the token is differentiated.
     """
     loss, row = subject.unsampled_loss(), TokenInputs(jnp.zeros(len(student.logits), jnp.int32))
     total = lambda logits: jnp.sum(loss(VocabTile(logits), teacher, row)[0])
@@ -88,10 +81,8 @@ def measure(subject: Subject, student: VocabTile, teacher: VocabTile, mean_rewar
 def enumerate_draws(
     subject: Subject, student: VocabTile, teacher: VocabTile, mean_reward: Scalar
 ) -> Stats:
-    """Return the same statistics as `measure`, from the loss itself.
-
-    The loss is differentiated once for every token of a small vocabulary. With extra draws it is
-    the loss of one draw; the draws are independent, so the variance is divided by their number.
+    """Return the same statistics as `measure`, from the loss itself, differentiated once for every
+    token of a small vocabulary. Extra draws are independent: they divide the variance of one draw.
     """
     n, vocab = student.logits.shape
     repeated = lambda tile: VocabTile(jnp.repeat(tile.logits, vocab, axis=0))

@@ -56,11 +56,17 @@ def audit_gradients(states: States, subjects: list[Subject], progress: Progress 
     for name, row in rows.items():
         is_known = min(row["signal"], row["noise"]) > 0
         ratio = float(np.sqrt(row["signal"] / (row["noise"] / BATCH))) if is_known else None
-        row["signal_to_noise"] = ratio
-        row["noise_ratio"] = row["noise"] / plain["noise"]
+        row |= {"signal_to_noise": ratio, "noise_ratio": row["noise"] / plain["noise"]}
         if row["action"] is not None and plain["action"]:
             row["action_ratio"] = ratio_with_interval(action[name], action[PLAIN])
-    return {"num_redraws": NUM_REDRAWS, "batch": BATCH, "rows": rows, "by_kl": _by_kl(by_bin)}
+    noises = by_bin.pop(PLAIN)
+    total = sum(part.sum() for part in noises)
+    shares = [float(part.sum() / total) if total else 0.0 for part in noises]
+    # In a bin with almost no noise, rare tokens make all of it, and redraws miss them.
+    known = [part * (share > _MIN_SHARE) for part, share in zip(noises, shares)]
+    ratios = {name: list(map(ratio_with_interval, parts, known)) for name, parts in by_bin.items()}
+    by_kl = {"variance_share": shares, "rows": ratios}
+    return {"num_redraws": NUM_REDRAWS, "batch": BATCH, "rows": rows, "by_kl": by_kl}
 
 
 def _share_signal(subjects: Sequence[Subject], rows: dict[str, Part]) -> None:
@@ -72,22 +78,12 @@ def _share_signal(subjects: Sequence[Subject], rows: dict[str, Part]) -> None:
             rows[each.name]["signal"] = exact[0]
 
 
-def _by_kl(by_bin: dict[str, list[np.ndarray]]) -> Part:
-    plain = by_bin.pop(PLAIN)
-    total = sum(part.sum() for part in plain)
-    shares = [float(part.sum() / total) if total else 0.0 for part in plain]
-    # In a bin with almost no noise, rare tokens make all of it, and redraws miss them.
-    known = [part * (share > _MIN_SHARE) for part, share in zip(plain, shares)]
-    rows = {name: list(map(ratio_with_interval, parts, known)) for name, parts in by_bin.items()}
-    return {"variance_share": shares, "rows": rows}
-
-
 def _measure(states: States, each: Subject) -> Callable[[np.ndarray], tuple[dict, np.ndarray]]:
     """Return `run(mask) -> (variance components of a rollout, action noise of each prompt)`."""
     by_prompt = lambda x: jnp.reshape(x, (-1, states.num_generations, *x.shape[1:]))
     inputs = states.batch, _columns(states, each), _draws(states, each)
     batch, columns, draws = jax.tree.map(by_prompt, inputs)
-    scan = partial(jax.jit(partial(_scan_prompts, each, states.spec)), states.master_params)
+    scan = partial(jax.jit(partial(_scan_prompts, each, states.spec)), states.params)
 
     def run(mask: np.ndarray) -> tuple[dict, np.ndarray]:
         # As fixed_denominator: a rollout's gradient does not depend on the lengths of others, and
@@ -113,20 +109,19 @@ def _gradient(spec, token_loss, params, batch, teacher_head, weights, row=None):
 
 def _scan_prompts(each: Subject, spec, params, teacher_head, rows, draws):
     """Return |mean gradient|^2 and of each prompt the sums of squares between redraws and between
-    rollouts, and |mean gradient|^2.
+    rollouts, and |mean gradient|^2. One gradient exists at a time, next to running means.
     """
-    # One gradient exists at a time, next to the running means of a rollout and a prompt and the sum
-    # over prompts.
     zero, loss = optax.tree.zeros_like(params), each.token_loss()
-
-    def of_draw(row, draw):
-        (batch, columns, weights), (token, uniform) = jax.tree.map(lambda x: x[None], (row, draw))
-        columns = dataclasses.replace(columns, tokens=token, uniforms=uniform)
-        return _gradient(spec, loss, params, batch, teacher_head, weights, columns), 0.0
 
     def of_rollout(item):
         row, draws = item
-        return _running_mean(partial(of_draw, row), zero, draws)[:2]
+
+        def of_draw(draw):
+            (batch, columns, weights), (token, more) = jax.tree.map(lambda x: x[None], (row, draw))
+            columns = dataclasses.replace(columns, tokens=token, uniforms=more)
+            return _gradient(spec, loss, params, batch, teacher_head, weights, columns), 0.0
+
+        return _running_mean(of_draw, zero, draws)[:2]
 
     def of_prompt(sums, prompt):
         center, trajectory, action = _running_mean(of_rollout, zero, prompt)
@@ -183,9 +178,8 @@ def _columns(states: States, each: Subject) -> TokenInputs:
 
 
 def _draws(states: States, each: Subject):
-    """Return redrawn tokens `[B, R, T]` and uniforms `[B, R, T, M]` of extra draws (None: M = 0).
-
-    Where a redraw has no effect or no meaning, the rollouts' own tokens are the only draw.
+    """Return redrawn tokens `[B, R, T]`, the rollouts' own (R = 1) where a redraw has no effect or
+    meaning, and uniforms `[B, R, T, M]` of extra draws (None: M = 0).
     """
     tokens, uniforms = jnp.asarray(states.batch.tokens)[:, None], states.inputs.row.uniforms
     if each.is_sampled and not each.is_coupled:
@@ -205,43 +199,30 @@ def audit_batch_pitfalls(states: States, progress: Progress = iter) -> Part:
     """
     mask, segments = jnp.asarray(states.batch.mask), states.batch.segment_ids
     denominators = count_denominators(mask, segments, states.spec.max_completion_length)
-    wrong = {
-        "mean_of_means": PITFALLS["mean_of_means"].weights(mask, parts=len(mask)),
-        "shifted_mask": PITFALLS["shifted_mask"].weights(mask),
-    }
-    gradient, rows = _exact_gradient(states), {}
-    exact = gradient(aggregation_weights(mask, segments, "token_mean", denominators))
-    minus, times = optax.tree.sub, optax.tree.vdot
-    compare = jax.jit(lambda x, y: (_square(minus(x, y)), times(x, y), _square(x), _square(y)))
-    for name, weights in progress(wrong.items()):
-        off, along, size, length = map(float, compare(gradient(weights), exact))
-        bias, cosine = float(np.sqrt(off / length)), along / float(np.sqrt(size * length))
-        rows[name] = {"bias": bias, "cosine": cosine}
-    errors = {str(n): _sum_error(states.kl[states.mask], n) for n in _SUM_LENGTHS}
-    return rows | {"bfloat16_sums": {"error_by_tokens": errors}}
-
-
-def _exact_gradient(states: States):
-    """Return `gradient(weights)` of the exact reverse KL, computed a micro-batch at a time."""
-    loss, params = subject(EXACT).token_loss(), states.master_params
+    wrong = {"mean_of_means": {"parts": len(mask)}, "shifted_mask": {}}
+    loss, params, rows = subject(EXACT).token_loss(), states.params, {}
     split = lambda x: x.reshape(-1, states.rows_at_once, *x.shape[1:])
 
     @jax.jit
-    def run(params, batch, teacher_head, weights):
-        def add(total, part):
-            batch, weights = part
-            found = _gradient(states.spec, loss, params, batch, teacher_head, weights)
-            return optax.tree.add(total, found), None
+    def of_parts(params, batch, head, weights):  # one micro-batch at a time
+        gradient = lambda part: _gradient(states.spec, loss, params, part[0], head, part[1])
+        add = lambda total, part: (optax.tree.add(total, gradient(part)), None)
+        parts = jax.tree.map(split, (batch, weights))
+        return jax.lax.scan(add, optax.tree.zeros_like(params), parts)[0]
 
-        zero = optax.tree.zeros_like(params)
-        return jax.lax.scan(add, zero, jax.tree.map(split, (batch, weights)))[0]
-
-    return partial(run, params, states.batch, states.inputs.teacher[1])
-
-
-def _sum_error(losses: np.ndarray, count: int) -> float:
-    """Return the mean relative error of the sum of `count` random ones of these losses."""
-    rng, add = np.random.default_rng(0), jax.jit(PITFALLS["bfloat16_sums"].add)
-    draws = [rng.choice(losses, count) for _ in range(_SUM_DRAWS)]
+    gradient = partial(of_parts, params, states.batch, states.inputs.teacher[1])
+    exact = gradient(aggregation_weights(mask, segments, "token_mean", denominators))
+    minus, times = optax.tree.sub, optax.tree.vdot
+    compare = jax.jit(lambda x, y: (_square(minus(x, y)), times(x, y), _square(x), _square(y)))
+    for name, options in progress(wrong.items()):
+        found = gradient(PITFALLS[name].weights(mask, **options))
+        off, along, size, length = map(float, compare(found, exact))
+        bias, cosine = float(np.sqrt(off / length)), along / float(np.sqrt(size * length))
+        rows[name] = {"bias": bias, "cosine": cosine}
+    add = jax.jit(PITFALLS["bfloat16_sums"].add)
+    losses, errors = states.kl[states.mask], {}
     error = lambda x: float(add(jnp.asarray(x))) / float(x.sum(dtype=np.float64)) - 1
-    return statistics.fmean(map(error, draws))
+    for count in _SUM_LENGTHS:  # the mean relative error of the sum of so many random losses
+        draw = partial(np.random.default_rng(0).choice, losses, count)
+        errors[str(count)] = statistics.fmean(error(draw()) for _ in range(_SUM_DRAWS))
+    return rows | {"bfloat16_sums": {"error_by_tokens": errors}}

@@ -1,6 +1,5 @@
-"""The audit on a real pair of models, at the contexts that the student visits.
-
-At every context the whole vocabulary is enumerated, through the tiled pass.
+"""The audit on a real pair of models, at the contexts that the student visits: the tiled pass
+enumerates the whole vocabulary at each.
 """
 
 from __future__ import annotations
@@ -38,18 +37,19 @@ from opdjax.rollouts.setup import Setup, update_spec, with_current_teacher
 from opdjax.runs.statistics import ratio_with_interval
 from opdjax.types import TrainBatch
 
-# Of the contexts, ordered by their KL. Most of the KL is in few contexts, so equal shares would
-# hide it.
+# Of the contexts by their KL. Most of it is in few contexts: equal shares would hide it.
 KL_QUANTILES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
 _NUM_BUCKETS = 6  # of positions
 _REPEATS = 5  # runs that are timed
+# Columns of scores by what a recipe reads from the teacher.
+_COLUMNS = {"token": ("teacher_logprobs",), "top_k": ("teacher_top_ids", "teacher_top_logprobs")}
 
 
 @dataclasses.dataclass(frozen=True)
 class States:
     """Rollouts of the student with both models' hidden states. Rows of a prompt are adjacent."""
 
-    params: Params
+    params: Params  # float32 as in training, whatever the forward pass uses
     spec: UpdateSpec
     batch: TrainBatch  # with the teacher's hidden states
     inputs: VocabularyInputs
@@ -61,21 +61,13 @@ class States:
         """Tokens that the student sampled, `[B, T]`."""
         return np.asarray(self.batch.mask)
 
-    @property
-    def master_params(self) -> Params:
-        """The parameters in float32, as in training, whatever the forward pass uses."""
-        return optax.tree.cast(self.params, jnp.float32)
-
     @functools.cached_property
     def kl(self) -> np.ndarray:
         """KL(student || teacher) at every sampled token, `[B, T]`, nats."""
         return self.per_token(lambda student, teacher, _: reverse_kl(student, teacher))
 
     def per_token(self, stat, **columns) -> Any:
-        """Return `stat(student, teacher, row)` at every sampled token, `[B, T, ...]`.
-
-        `columns` replace columns of the row.
-        """
+        """Return `stat(student, teacher, row with columns)` of the sampled tokens `[B, T, ...]`."""
         run = jax.jit(lambda *operands: tiled_stats(stat, *operands, tile=self.spec.estimator.tile))
         row, inputs = dataclasses.replace(self.inputs.row, **columns), self.inputs
         found = run(inputs.hidden, inputs.head, self.batch.mask, row, inputs.teacher)
@@ -83,17 +75,10 @@ class States:
 
 
 def collect_states(
-    setup: Setup,
-    settings: AuditConfig,
-    *,
-    num_uniforms: int,
-    rows_at_once: int,
-    progress: Progress = iter,
+    setup: Setup, settings: AuditConfig, num_uniforms: int, rows_at_once: int, progress: Progress
 ) -> States:
-    """Sample answers to prompts in the order of training and score them with both models.
-
-    ConfigError if the data has fewer prompts: a repeated prompt would count as two.
-    """
+    """Sample answers to prompts in the order of training and score them with both models."""
+    # A repeated prompt would count as two.
     num_prompts, available = settings.num_prompts, len(setup.prompts)
     expected = f"at most {available}, the number of prompts in {setup.config.data.source}"
     require(num_prompts <= available, "audit.num_prompts", num_prompts, expected)
@@ -116,7 +101,7 @@ def collect_states(
     uniforms = extra_uniforms(rollouts, seed, num_uniforms)
     row = TokenInputs(batch.tokens, behavior_logprobs=batch.behavior_logprobs, uniforms=uniforms)
     return States(
-        params,
+        optax.tree.cast(params, jnp.float32),
         dataclasses.replace(spec, gradient_accumulation_steps=1, mesh=None),
         dataclasses.replace(batch, teacher=scores, uniforms=uniforms),
         VocabularyInputs(hidden, head, row, (scores.hidden, teacher.head)),
@@ -126,9 +111,7 @@ def collect_states(
 
 
 def audit_contexts(states: States, subjects: list[Subject], progress: Progress = iter) -> Part:
-    """Return bias, cosine and action variance of the uncoupled subjects at the sampled contexts:
-    at all together, and binned by KL and by position.
-    """
+    """Return bias, cosine and action variance of the uncoupled subjects at the sampled contexts."""
     mask, kl = states.mask, states.kl
     if not kl[mask].any():
         same = "student and teacher have the same distribution at every context"
@@ -139,21 +122,19 @@ def audit_contexts(states: States, subjects: list[Subject], progress: Progress =
     quantiles = ({"from": low, "to": high} for low, high in itertools.pairwise(KL_QUANTILES))
     bins, buckets = list(zip(quantiles, kl_bins(kl, mask))), _position_buckets(states)
 
-    def by_prompt(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
-        per_row = np.where(inside, values, 0).sum(axis=1, dtype=np.float64)
-        return per_row.reshape(-1, states.num_generations).sum(axis=1)
+    def ratio(ours: np.ndarray, inside: np.ndarray) -> tuple:
+        per_row = lambda values: np.where(inside, values, 0).sum(axis=1, dtype=np.float64)
+        by_prompt = lambda x: per_row(x).reshape(-1, states.num_generations).sum(axis=1)
+        return ratio_with_interval(by_prompt(ours), by_prompt(plain))
 
     for each in progress(subjects):
         stats = at(each)
         row = summarise({name: value[mask] for name, value in stats.items()}, plain[mask])
-        ratio = lambda inside, ours=stats["variance"]: ratio_with_interval(
-            by_prompt(ours, inside), by_prompt(plain, inside)
-        )
         if each.is_sampled:
-            row["variance_ratio_interval"] = ratio(mask)[1:]
+            row["variance_ratio_interval"] = ratio(stats["variance"], mask)[1:]
         if each.is_sampled or each.is_own:
-            row["by_kl"] = [ratio(inside) for _, inside in bins]
-            row["by_position"] = [ratio(inside) for _, inside in buckets]
+            row["by_kl"] = [ratio(stats["variance"], inside) for _, inside in bins]
+            row["by_position"] = [ratio(stats["variance"], inside) for _, inside in buckets]
         rows[each.name] = row
     total = lambda x, where: float(np.sum(x[where], dtype=np.float64))
     # The size of a bin, and its shares of the KL and the variance of all contexts.
@@ -194,10 +175,9 @@ def _position_buckets(states: States) -> list[tuple[dict[str, int], np.ndarray]]
 def audit_costs(states: States, recipes: list[Subject], progress: Progress = iter) -> Part:
     """Return seconds and bytes a token of each recipe's pass over the vocabulary.
 
-    The pass goes from hidden states to the loss and its gradients for hidden states and head; all
-    recipes share the layers of both models. It includes the teacher's log-probs that a recipe
-    reads, even where training would reuse them. Measured on the rows of one micro-batch: the median
-    of alternating runs, and the temporary memory of the program (None if XLA does not report it).
+    The pass goes from hidden states to the loss and its gradients for hidden states and head, and
+    includes the teacher's log-probs that a recipe reads, even where training would reuse them. The
+    median of alternating runs on one micro-batch, and the temporary memory of the program.
     """
     num_tokens, runs, rows = int(states.mask[: states.rows_at_once].sum()), {}, {}
     seconds: dict[str, list[float]] = {each.name: [] for each in recipes}
@@ -205,21 +185,18 @@ def audit_costs(states: States, recipes: list[Subject], progress: Progress = ite
     for turn, each in progress(list(itertools.product(range(_REPEATS + 1), recipes))):
         if turn == 0:
             compiled, operands = _compile(states, each)
-            memory = compiled.memory_analysis()
-            num_bytes = None if memory is None else memory.temp_size_in_bytes / num_tokens
-            rows[each.name] = {"bytes_per_token": num_bytes}
+            num_bytes = compiled.memory_analysis().temp_size_in_bytes
+            rows[each.name] = {"bytes_per_token": num_bytes / num_tokens}
             runs[each.name] = partial(compiled, *operands)
         start = time.perf_counter()
         jax.block_until_ready(runs[each.name]())
-        if turn > 0:
-            seconds[each.name].append(time.perf_counter() - start)
+        seconds[each.name].append(time.perf_counter() - start)
     for name, row in rows.items():
-        row["seconds_per_token"] = statistics.median(seconds[name]) / num_tokens
+        row["seconds_per_token"] = statistics.median(seconds[name][1:]) / num_tokens
     return rows
 
 
 def _compile(states: States, each: Subject):
-    """Return (the compiled pass with its gradients, its operands)."""
     tile, extra = states.spec.estimator.tile, each.num_draws - 1
     estimator = bind(each.recipe, each.options, tile=tile)
     spec = dataclasses.replace(states.spec, estimator=estimator)
@@ -230,14 +207,11 @@ def _compile(states: States, each: Subject):
     (teacher_hidden, teacher_head), head = states.inputs.teacher, states.inputs.head
 
     def gradients(hidden, head, row, teacher, batch):
-        weights, found = batch.mask / jnp.sum(batch.mask), {}
-        if estimator.teacher == "token":
-            found["teacher_logprobs"] = token_scores(*teacher, batch, tile=tile).teacher_logprobs
-        if estimator.teacher == "top_k":
-            top = token_scores(*teacher, batch, top_k=estimator.top_k, tile=tile)
-            found["teacher_top_ids"] = top.teacher_top_ids
-            found["teacher_top_logprobs"] = top.teacher_top_logprobs
-        row = dataclasses.replace(row, **found)
+        weights, names = batch.mask / jnp.sum(batch.mask), _COLUMNS.get(estimator.teacher, ())
+        if names:
+            top_k = estimator.top_k if estimator.teacher == "top_k" else 0
+            scores = token_scores(*teacher, batch, top_k=top_k, tile=tile)
+            row = dataclasses.replace(row, **{name: getattr(scores, name) for name in names})
         read = teacher if estimator.teacher == "vocabulary" else None
 
         def loss(hidden, head):

@@ -10,14 +10,7 @@ from functools import partial
 import jax
 from tqdm import tqdm
 
-from opdjax.config import (
-    AuditConfig,
-    Config,
-    EstimatorConfig,
-    MeshConfig,
-    NearPolicyConfig,
-    SamplingConfig,
-)
+from opdjax.config import AuditConfig, Config, EstimatorConfig, MeshConfig, SamplingConfig
 from opdjax.config.recipes import EXACT, WITH_BASELINE
 from opdjax.config.validation import ConfigError
 from opdjax.diagnose.audit.contexts import audit_vocabulary
@@ -42,19 +35,14 @@ def audit(
     """Measure the subjects and return a JSON document; progress is shown on stderr.
 
     They are measured on the config's pair of models, at random contexts and on an enumerated tree.
-    The pair's contexts are sampled from the student at temperature 1 without filters, whatever the
-    config says. The document has a key for each part that was measured, and `unfinished` names the
-    parts to come; `save(document)` is called after each part.
+    The student samples the pair's contexts at temperature 1 without filters. After each part, which
+    is a key of the document, `save(document)` is called; `unfinished` names the parts to come.
     """
-    setup = _prepare(config, settings)  # first: it refuses wrong models or data within seconds
     progress = lambda part: partial(tqdm, desc=part, mininterval=1.0)
-    states = collect_states(
-        setup,
-        settings,
-        num_uniforms=NUM_REDRAWS * max(each.num_draws for each in subjects),
-        rows_at_once=config.rows_per_step // config.train.gradient_accumulation_steps,
-        progress=progress("sampling"),
-    )
+    uniforms = NUM_REDRAWS * max(each.num_draws for each in subjects)
+    at_once = config.rows_per_step // config.train.gradient_accumulation_steps
+    setup = _prepare(config, settings)
+    states = collect_states(setup, settings, uniforms, at_once, progress("sampling"))
     document: Part = {
         "subjects": {each.name: _describe(each) for each in subjects},
         "settings": dataclasses.asdict(settings),
@@ -72,19 +60,17 @@ def audit(
     exact = [subject(EXACT, divergence=name) for name in ("reverse", "forward")]
     varying = [each for each in ordered if each.is_sampled or each.is_own or each in exact]
     own = [own_case(each, config.estimator.aggregation) for each in subjects if each.is_own]
-    size = {"num_contexts": settings.num_contexts, "vocab": settings.vocab}
+    size = settings.num_contexts, settings.vocab
     parts = {  # the slowest ones last
         "contexts": partial(audit_contexts, states, uncoupled),
         "batch_pitfalls": partial(audit_batch_pitfalls, states),
-        "vocabulary": partial(audit_vocabulary, uncoupled, **size, seed=config.seed),
+        "vocabulary": partial(audit_vocabulary, uncoupled, size, config.seed),
         "tree": partial(audit_tree, own, seed=config.seed),
-        "costs": partial(audit_costs, states, [each for each in ordered if each.recipe]),
-        "gradients": partial(audit_gradients, states, varying),
     }
-    if skip_cost:
-        del parts["costs"]
-    if not settings.parameter_space:
-        del parts["gradients"]
+    if not skip_cost:
+        parts["costs"] = partial(audit_costs, states, [each for each in ordered if each.recipe])
+    if settings.parameter_space:
+        parts["gradients"] = partial(audit_gradients, states, varying)
     for number, (name, measure) in enumerate(parts.items(), 1):
         document[name] = measure(progress=progress(f"{name} ({number}/{len(parts)})"))
         document["unfinished"] = list(parts)[number:]
@@ -95,22 +81,19 @@ def audit(
 def _prepare(config: Config, settings: AuditConfig) -> Setup:
     """Set up models and data for the recipe that needs most: teacher weights, one vocabulary."""
     names = ("max_completion_length", "stop_token_ids", "stop_strings")
-    kept = {name: getattr(config.sampling, name) for name in names}
     one_batch = {"prompts_per_step": settings.num_prompts, "gradient_accumulation_steps": 1}
-    changed = dataclasses.replace(
-        config,
-        estimator=EstimatorConfig(WITH_BASELINE),
-        sampling=SamplingConfig(**kept),
-        train=dataclasses.replace(config.train, **one_batch),
-        evaluation=dataclasses.replace(config.evaluation, source=None),
-        mesh=MeshConfig(1),
-        near_policy=NearPolicyConfig(),
-    )
-    return prepare(changed)
+    changed = {
+        "estimator": EstimatorConfig(WITH_BASELINE),
+        "sampling": SamplingConfig(**{name: getattr(config.sampling, name) for name in names}),
+        "train": dataclasses.replace(config.train, **one_batch),
+        "evaluation": dataclasses.replace(config.evaluation, source=None),
+        "mesh": MeshConfig(1),
+        "near_policy": type(config.near_policy)(),
+    }
+    return prepare(dataclasses.replace(config, **changed))
 
 
 def _describe(each: Subject) -> Part:
-    """Return the document's entry for a subject."""
     about = each.pitfall.about if each.row is None else each.row.description
     if not each.is_on_policy:
         about += " Measured at the student's contexts with the teacher's tokens;"
@@ -125,9 +108,6 @@ def _describe(each: Subject) -> Part:
 
 def explain(name: str) -> str:
     """Return the documentation of a recipe or a pitfall; ConfigError on an unknown name."""
-    if name in TOKEN_LOSSES:
-        return inspect.getdoc(TOKEN_LOSSES[name])
-    if name in PITFALLS:
-        return PITFALLS[name].about
-    known = [*TOKEN_LOSSES, *PITFALLS]
-    raise ConfigError(f"there is no recipe and no pitfall {name!r}; expected one of {known}")
+    if name not in (known := [*TOKEN_LOSSES, *PITFALLS]):
+        raise ConfigError(f"there is no recipe and no pitfall {name!r}; expected one of {known}")
+    return inspect.getdoc(TOKEN_LOSSES[name]) if name in TOKEN_LOSSES else PITFALLS[name].about

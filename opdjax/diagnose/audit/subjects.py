@@ -79,13 +79,12 @@ class Subject:
 
     def with_one_draw(self) -> Subject:
         """Return the subject without extra draws."""
-        options = {name: v for name, v in self.options.items() if name != "extra_draws"}
-        return dataclasses.replace(self, options=options)
+        kept = {name: v for name, v in self.options.items() if name != "extra_draws"}
+        return dataclasses.replace(self, options=kept)
 
     def token_loss(self) -> Callable:
         """Return `token_loss(student, teacher, row) -> (loss, outputs)`."""
-        pitfall = self.pitfall
-        return bind(self.recipe, self.options).token_loss if pitfall is None else pitfall.token_loss
+        return (self.pitfall or bind(self.recipe, self.options)).token_loss
 
     def unsampled_loss(self) -> Callable:
         """Return the part of the loss that does not depend on the sampled token."""
@@ -100,9 +99,8 @@ class Subject:
     def advantages(
         self, student: VocabTile, teacher: VocabTile, mean_reward: Float[Array, ""]
     ) -> Float[Array, "n V"]:
-        """Return the factor `A_v` in the gradient `-A_v grad log student(v)` of every token v.
-
-        `mean_reward`: the baseline of `batch_mean`.
+        """Return the factor `A_v` in the gradient `-A_v grad log student(v)` of every token v; the
+        baseline of `batch_mean` is `mean_reward`.
         """
         if self.recipe is None:
             return self.pitfall.advantages(student, teacher)
@@ -140,29 +138,25 @@ def choose(
     names: Sequence[str] | None, options: dict[str, Any] | None = None, recipe: str | None = None
 ) -> list[Subject]:
     """Return the default subjects of the recipes and pitfalls `names` (None: all), preceded by the
-    config's own `recipe` with its `options`, and in any case the plain recipe.
-
-    ConfigError on an unknown name and on options that need rewards or stale data.
+    config's own `recipe` with its `options`, and in any case the plain recipe. ConfigError on an
+    unknown name and on options that need rewards or stale data.
     """
-    subjects, plain = sorted(_AUDITED, key=lambda each: each.is_coupled), subject(PLAIN)
-    known = {each.recipe or each.name for each in subjects}
+    known, plain = {each.recipe or each.name for each in _AUDITED}, subject(PLAIN)
     if unknown := sorted(set(names or ()) - known):
         raise ConfigError(f"cannot audit {unknown}; expected some of {sorted(known)}")
+    subjects = [*DEFAULT, *(each for each in _AUDITED if each.is_coupled)]
     chosen = [each for each in subjects if names is None or (each.recipe or each.name) in names]
     if recipe is not None:
-        own = _own_subject(recipe, options or {})
+        expected = "one that a teacher supervises: the audit of a pair has no rewards."
+        expected += f" opdjax audit --explain {recipe} describes it"
+        require(not RECIPES[recipe].is_rewarded, "estimator.recipe", recipe, expected)
+        expected = "none: the audit of a pair has neither task rewards nor stale data"
+        expected += " (its tree measures importance corrections)"
+        for name in ("task_reward_coef", "importance"):
+            value = (options or {}).get(name)
+            require(value in _OFF, f"estimator.{name}", value, expected)
+        own = subject(recipe, **(options or {}))
         own = plain if own.definition == plain.definition else own
         others = (each for each in chosen if each.definition != own.definition)
         chosen = [dataclasses.replace(own, is_own=True), *others]
     return chosen if plain in chosen else [*chosen, plain]
-
-
-def _own_subject(recipe: str, options: dict[str, Any]) -> Subject:
-    expected = "one that a teacher supervises: the audit of a pair has no rewards."
-    expected += f" opdjax audit --explain {recipe} describes it"
-    require(not RECIPES[recipe].is_rewarded, "estimator.recipe", recipe, expected)
-    expected = "none: the audit of a pair has neither task rewards nor stale data"
-    expected += " (its tree measures importance corrections)"
-    for name in ("task_reward_coef", "importance"):
-        require(options.get(name) in _OFF, f"estimator.{name}", options.get(name), expected)
-    return subject(recipe, **options)

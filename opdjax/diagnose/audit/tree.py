@@ -1,16 +1,14 @@
-"""The audit of estimators that couple tokens, on a tree whose sequences are all enumerated.
-
-V = 3, T = 3, and token 0 ends a sequence. The student's parameters are a table with a row of logits
+"""The audit of estimators that couple tokens, on a tree whose sequences are all enumerated: V = 3,
+T = 3, token 0 ends a sequence, float64. The student's parameters are a table with a row of logits
 for each prefix; the prepared columns, the recipe's loss and the aggregation are those of training.
-Float64.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +23,8 @@ from opdjax.ops.vocab import TokenInputs
 
 LENGTH, END = 3, 0
 PREFIXES = [prefix for n in range(LENGTH) for prefix in itertools.product((1, 2), repeat=n)]
-SEQUENCES = [(*prefix, END) for prefix in PREFIXES] + [
-    (*prefix, y) for prefix in PREFIXES if len(prefix) == LENGTH - 1 for y in (1, 2)
-]
+SEQUENCES = [(*prefix, END) for prefix in PREFIXES]
+SEQUENCES += itertools.product((1, 2), repeat=LENGTH)
 
 
 def _rows(of_sequence) -> np.ndarray:
@@ -53,8 +50,7 @@ _PLAIN, _BASELINE, _EXACT = subject(PLAIN), subject(WITH_BASELINE, baseline="ful
 _EXPECTED = {"discount": 1.0, "return_to_go": "expected"}
 
 
-@dataclasses.dataclass(frozen=True)
-class TreeCase:
+class TreeCase(NamedTuple):
     """An estimator and the batches that it is measured on."""
 
     title: str
@@ -113,13 +109,12 @@ def audit_tree(more: Sequence[TreeCase] = (), *, seed: int = 0, progress: Progre
             row["variance"] = float(variance / jnp.vdot(mean, mean))
             row |= {name: _misfit(mean, gradient, is_fitted) for name, gradient in exact.items()}
             plain = means.get(case.title.removesuffix(", baseline full"))
-            row["baseline"] = None if plain is None else _misfit(mean, plain, False)
+            rows.append(row | {"baseline": None if plain is None else _misfit(mean, plain)})
             means[case.title] = mean
-            rows.append(row)
     return {"seed": seed, "vocab": 3, "length": LENGTH, "rows": rows}
 
 
-def _misfit(mean, exact, is_fitted: bool) -> float:
+def _misfit(mean, exact, is_fitted: bool = False) -> float:
     scale = jnp.maximum(jnp.vdot(mean, exact) / jnp.vdot(mean, mean), 0) if is_fitted else 1.0
     return float(jnp.linalg.norm(scale * mean - exact) / jnp.linalg.norm(exact))
 
@@ -135,13 +130,13 @@ def _exact_gradients(student, teacher) -> dict[str, jax.Array]:
     probs = np.exp(_sequence_logprobs(student))
     visits = np.bincount(_BEFORE[_MASK], (probs[:, None] * _MASK)[_MASK])
 
+    kl = lambda p, q: jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
     def frozen(table):
-        p, q = jax.nn.log_softmax(table, axis=-1), jax.nn.log_softmax(teacher, axis=-1)
-        return jnp.sum(visits * jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+        return jnp.sum(visits * kl(jax.nn.log_softmax(table), jax.nn.log_softmax(teacher)))
 
     def sequence(table):
-        p = _sequence_logprobs(table)
-        return jnp.sum(jnp.exp(p) * (p - _sequence_logprobs(teacher)))
+        return kl(_sequence_logprobs(table), _sequence_logprobs(teacher))
 
     return {of.__name__: jax.grad(of)(student) / LENGTH for of in (frozen, sequence)}
 
@@ -172,9 +167,5 @@ def _gradient(case: TreeCase, tables: dict[str, jax.Array], rows):
         stats = estimator.token_stats(at(student), teacher, flat(columns))
         stats = jax.tree.map(lambda x: x.reshape(tokens.shape), stats)
         columns = estimator.prepare(columns, stats, mask, segments)
-
-    def loss(table):
-        losses, _ = estimator.token_loss(at(table), teacher, flat(columns))
-        return jnp.sum(weights.reshape(-1) * losses)
-
-    return jax.grad(loss)(student)
+    losses = lambda table: estimator.token_loss(at(table), teacher, flat(columns))[0]
+    return jax.grad(lambda table: jnp.sum(weights.reshape(-1) * losses(table)))(student)

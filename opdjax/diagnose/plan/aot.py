@@ -1,7 +1,4 @@
-"""Compile the programs of training for a machine that need not be present, and report their sizes.
-
-AOT: ahead of time.
-"""
+"""Compile the programs of training ahead of time (AOT), for a machine that need not be present."""
 
 from __future__ import annotations
 
@@ -39,23 +36,13 @@ class Program:
     """What XLA reports of a compiled program; bytes are those of one device."""
 
     name: str
-    argument_bytes: int = 0
-    output_bytes: int = 0
-    alias_bytes: int = 0  # the part of the output that overwrites donated arguments
-    peak_bytes: int = 0  # the most that arguments, outputs and temporaries hold at once
-    flops: float = 0.0  # of one device; a loop of unknown trip count counts once
     compile_seconds: float = 0.0
+    argument_bytes: int = 0
+    temp_bytes: int = 0  # at the peak, without arguments and outputs
+    peak_bytes: int = 0  # the most that arguments, outputs and temporaries hold at once
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     most_logit_rows: int = 0  # tokens whose logits are in one array
     problem: str | None = None  # why it did not compile: it does not fit
-
-    @property
-    def temp_bytes(self) -> int:
-        """Bytes at the peak without arguments and outputs.
-
-        XLA's own figure counts donated arguments twice on TPU.
-        """
-        return self.peak_bytes - self.argument_bytes - self.output_bytes + self.alias_bytes
 
 
 def describe(topology: Topology) -> list[Any]:
@@ -63,33 +50,25 @@ def describe(topology: Topology) -> list[Any]:
     if topology.backend == "cpu":
         return jax.devices("cpu")
     if topology.jax_name is None:
-        raise NoCompilerError(
-            f"{topology.name}: XLA compiles for a GPU only on a machine with one; plan without "
-            "--aot"
-        )
+        found = f"{topology.name}: XLA compiles for a GPU only on a machine with one"
+        raise NoCompilerError(f"{found}; plan without --aot")
     # Without these libtpu waits for a metadata server, and refuses a second process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # The two cores of a v4 chip act as one device.
     more = {"chip_config_name": "megacore"} if topology.chip.jax_name == "v4" else {}
     try:
-        name, host = topology.jax_name, topology.host_shape
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, chips_per_host_bounds=host, **more
-        )
+        more |= {"chips_per_host_bounds": topology.host_shape}
+        return topologies.get_topology_desc(topology.jax_name, "tpu", **more).devices
     except (RuntimeError, ValueError) as error:
-        raise NoCompilerError(
-            f"no compiler for {topology.name} is installed ({str(error).splitlines()[0]}); install "
-            f"libtpu for this jax: pip install 'jax[tpu]=={jax.__version__}'"
-        ) from error
-    return found.devices
+        found = f"no compiler for {topology.name} is installed ({str(error).splitlines()[0]})"
+        advice = f"install libtpu for this jax: pip install 'jax[tpu]=={jax.__version__}'"
+        raise NoCompilerError(f"{found}; {advice}") from error
 
 
 def compile_programs(workload: Workload) -> list[Program]:
-    """Compile the programs of a step that the run has: the sampler's two, the teacher's pass, the
-    update.
-    """
-    mesh = make_mesh(**workload.mesh, devices=describe(workload.topology))
+    """Compile the programs that a step has: the sampler's two, the teacher's pass, the update."""
+    mesh = make_mesh(**workload.layout.shape, devices=describe(workload.topology))
     workload = dataclasses.replace(workload, layout=mesh)
     programs = [] if workload.writer == "none" else _compile_sampler(workload)
     if workload.needs != "none":
@@ -144,7 +123,6 @@ def _compile_sampler(workload: Workload) -> list[Program]:
 
 
 def _results(function: Any, inputs: tuple, options: dict[str, Any], compiled: Any) -> Any:
-    """Return the shapes of a call's results with the shardings of its compiled program."""
     return abstract_like(function.eval_shape(*inputs, **options), compiled.output_shardings)
 
 
@@ -156,24 +134,16 @@ def measure(name: str, lowered: jax.stages.Lowered, workload: Workload) -> tuple
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        seconds, problem = time.monotonic() - began, str(error).partition("\n")[0]
-        return Program(name, compile_seconds=seconds, problem=problem), None
-    seconds, memory = time.monotonic() - began, compiled.memory_analysis()
-    text, peak = compiled.as_text(), memory.peak_memory_in_bytes
-    if workload.topology.backend == "cpu":  # where XLA leaves temporaries out of the peak
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        peak = held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    models, splits = (workload.student, workload.scoring_model), (1, workload.mesh["tensor"])
-    widths = {model.vocab_size // split for model in models for split in splits}
-    found = Program(
-        name=name,
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
-        peak_bytes=peak,
-        flops=compiled.cost_analysis().get("flops", 0.0),
-        compile_seconds=seconds,
-        collectives=collectives(text),
-        most_logit_rows=most_rows(text, widths, {model.hidden_size for model in models}),
-    )
-    return found, compiled
+        problem = str(error).partition("\n")[0]
+        return Program(name, time.monotonic() - began, problem=problem), None
+    seconds, memory, text = time.monotonic() - began, compiled.memory_analysis(), compiled.as_text()
+    # Donated arguments are overwritten by outputs. XLA's own figure of temporaries counts them
+    # twice on TPU; on a CPU its peak leaves the temporaries out.
+    arguments, is_cpu = memory.argument_size_in_bytes, workload.topology.backend == "cpu"
+    held = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = held + memory.temp_size_in_bytes if is_cpu else memory.peak_memory_in_bytes
+    models, tensor = (workload.student, workload.scoring_model), workload.layout.shape["tensor"]
+    widths = {model.vocab_size // split for model in models for split in (1, tensor)}
+    rows = most_rows(text, widths, {model.hidden_size for model in models})
+    sizes = arguments, peak - held, peak
+    return Program(name, seconds, *sizes, collectives(text), rows), compiled

@@ -1,15 +1,14 @@
 """The estimate of `opdjax plan`: the bytes that a run holds on a device, and the time of a step.
 
-The bytes follow the programs as they are written (engine/update.py, ops/vocab.py,
-models/decoder.py). The few factors that XLA chooses are named below; they were read from its buffer
-assignments for TPU v5e and v6e. `opdjax plan --aot` compares both.
+The bytes follow the programs as they are written. The few factors that XLA chooses are named below;
+they were read from its buffer assignments for TPU v5e and v6e. `--aot` compares both.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,7 @@ from opdjax.ops.sharding import abstract_like, make_mesh
 from opdjax.ops.vocab import TILE
 from opdjax.types import TeacherScores
 
-# The update has two moments of most memory: the pass over the vocabulary, and the backward pass of
-# the layers.
+# The update has two moments of most memory: the vocabulary pass and the layers' backward pass.
 _SAMPLER, _UPDATE = ("prefill", "sample"), ("loss", "backward")
 PHASES = (*_SAMPLER, "teacher", *_UPDATE, "evaluate")
 PROGRAMS = {name: (name,) for name in (*_SAMPLER, "teacher")} | {"update": _UPDATE}
@@ -36,23 +34,17 @@ _TILES = {"none": 1, "token": 1, "top_k": 1, "vocabulary": 4}
 _SAMPLING_COPIES = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """Something held on each device."""
 
     name: str
     num_bytes: int
     phases: tuple[str, ...]  # the phases in which it is held
-    # The phases whose program takes it as an argument; None: the programs make it.
-    received_by: tuple[str, ...] | None = None
+    received_by: tuple[str, ...] | None = None  # by these phases' programs; None: they make it
 
 
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """The work of a program in a step, and the least time it can take.
-
-    The time assumes that every device works at its peak and that nothing is sent.
-    """
+class Bound(NamedTuple):
+    """The work of a program in a step, and the least time it takes if nothing is sent."""
 
     flops: float  # of all devices
     seconds: float
@@ -94,38 +86,21 @@ class Plan:
         """Return the most bytes of a program: its arguments and what it makes."""
         return max(self.held(phase) - self.outside_bytes(phase) for phase in PROGRAMS[name])
 
-    def first_overflow(self, phase: str) -> Item | None:
-        """Return the first item, in the order of the table, that does not fit after the others."""
-        items = self.items_in(phase)
-        totals = itertools.accumulate(item.num_bytes for item in items)
-        return next((item for item, sum_ in zip(items, totals) if sum_ > self.capacity), None)
-
 
 def estimate(workload: Workload) -> Plan:
     """Count what a run holds and computes."""
-    chip, bounds = workload.topology.chip, {}
+    chip, bounds, devices = workload.topology.chip, {}, workload.layout.size
     for name, (flops, traffic) in _work_of(workload).items():
-        arithmetic = flops / workload.devices / chip.peak_flops
+        arithmetic = flops / devices / chip.peak_flops
         memory = traffic / chip.hbm_bandwidth
         bounds[name] = Bound(flops, max(arithmetic, memory), memory > arithmetic)
-    items = [
-        *_permanent(workload),
-        *_generating(workload, _SAMPLER),
-        *_scoring(workload),
-        *_updating(workload),
-        *_generating(workload, ("evaluate",)),
-    ]
+    items = [*_permanent(workload), *_generating(workload, _SAMPLER), *_scoring(workload)]
+    items += [*_updating(workload), *_generating(workload, ("evaluate",))]
     return Plan(workload, tuple(item for item in items if item.num_bytes), bounds)
 
 
-# Work
-
-
 def _layer_flops(model: DecoderConfig, tokens: float, context: float) -> float:
-    """Return the operations of the layers: two a multiplication.
-
-    Every token attends to `context` columns; masked ones are computed too.
-    """
+    """Return the layers' operations; each token attends to `context` columns, masked or not."""
     attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_size * model.hidden_size
     kernels = attention + 3 * model.intermediate_size * model.hidden_size
     scores = 4 * model.num_layers * context * model.num_heads * model.head_size
@@ -153,7 +128,7 @@ def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
         # Every token reads the weights and the cache again; all rows reach the maximum length. With
         # fewer slots than rows the weights are read more often.
         flops = _layer_flops(model, completions, prompt + length / 2)
-        shape = (workload.rows, prompt + length // 2, workload.mesh["tensor"])
+        shape = (workload.rows, prompt + length // 2, workload.layout.shape["tensor"])
         moved = weights * workload.rows / workload.slots
         moved += cache_bytes(model, workload.cache_dtype, *shape)
         work["sample"] = flops + _head_flops(model, completions), length * moved
@@ -169,17 +144,15 @@ def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
     flops += products * _head_flops(student, completions)
     flops += _head_flops(scoring, completions) * (workload.needs == "vocabulary")
     trained = bytes_of(workload.trained("float32", WEIGHT_AXES))
-    state = (1 + workload.has_average) * trained + _optimizer_bytes(workload)
+    has_average = config.optimizer.teacher_ema_decay > 0
+    state = (1 + has_average) * trained + _optimizer_bytes(workload)
     work["update"] = flops, 2 * state + (2 + repeats) * parts * weights_of(student)
     return work
 
 
-# Bytes
-
-
 def _permanent(workload: Workload) -> list[Item]:
-    """Count what is held during the whole step."""
-    needs_head, has_average = workload.needs == "vocabulary", workload.has_average
+    needs_head = workload.needs == "vocabulary"
+    has_average = workload.config.optimizer.teacher_ema_decay > 0  # which is the teacher then
     is_own = workload.config.teacher_is_student and not has_average
     head = "embedding" if workload.scoring_model.ties_embeddings else "head"
     trained, published = bytes_of(workload.trained("float32", WEIGHT_AXES)), workload.published
@@ -192,9 +165,8 @@ def _permanent(workload: Workload) -> list[Item]:
         Item("student's frozen parameters", bytes_of(workload.frozen), PHASES, frozen_readers),
         Item("published copy, its head", head_bytes, PHASES, readers + _UPDATE),
         Item("published copy of the student", bytes_of(published) - head_bytes, PHASES, readers),
+        Item("moving average of the student", trained * has_average, PHASES, _UPDATE),
     ]
-    if has_average:
-        items.append(Item("moving average of the student", trained, PHASES, _UPDATE))
     if workload.teacher is not None or has_average:
         role = "reference" if workload.has_reference else "teacher"
         head_bytes = bytes_of(workload.scoring[head]) if needs_head else 0
@@ -217,9 +189,8 @@ def _optimizer_bytes(workload: Workload) -> int:
 
 
 def _muon_bytes(workload: Workload) -> int:
-    """Return the bytes in which Muon makes the largest parameter orthogonal; 0 of other optimizers.
-
-    Two copies of it, sharded like it, and three products with its transpose, which are not.
+    """Return the bytes in which Muon makes the largest parameter orthogonal: two copies, sharded
+    like it, and three products with its transpose, which are not. 0 of other optimizers.
     """
     if workload.config.optimizer.name != "muon":
         return 0
@@ -228,21 +199,16 @@ def _muon_bytes(workload: Workload) -> int:
     return max(2 * bytes_of(x) + 3 * 4 * x.shape[0] * min(x.shape[1:]) ** 2 for x in matrices)
 
 
-def _size_of(dtype: str) -> int:
-    return jnp.dtype(dtype).itemsize
-
-
 def _gathered_table(workload: Workload, model: DecoderConfig, split_over: tuple[str, ...]) -> int:
     """Return the bytes of an embedding or head gathered along `fsdp`; 0 if it is not sharded."""
-    if workload.mesh["fsdp"] == 1 or "fsdp" not in split_over:
-        return 0
-    rows = model.vocab_size // workload.mesh["tensor"]
-    return rows * model.hidden_size * _size_of(workload.dtype)
+    is_sharded = workload.layout.shape["fsdp"] > 1 and "fsdp" in split_over
+    rows = model.vocab_size // workload.layout.shape["tensor"] * is_sharded
+    return rows * model.hidden_size * workload.itemsize
 
 
 def _generating(workload: Workload, phases: tuple[str, ...]) -> list[Item]:
     """Count the rows that a step samples, or held-out answers, and the next prompts."""
-    config, tensor = workload.config, workload.mesh["tensor"]
+    config, tensor = workload.config, workload.layout.shape["tensor"]
     if phases == _SAMPLER:
         settings, model, stored = config.sampling, workload.sampled_model, workload.cache_dtype
         is_run, rows, group = workload.writer != "none", workload.slots, settings.num_generations
@@ -278,34 +244,28 @@ def _generating(workload: Workload, phases: tuple[str, ...]) -> list[Item]:
 
 
 def cache_bytes(model: DecoderConfig, dtype: str, rows: int, columns: int, tensor: int = 1) -> int:
-    """Return the bytes of keys and values of `rows` rows of `columns` columns in all layers.
-
-    int8 vectors have a float32 scale each.
-    """
-    vector = model.head_size * _size_of(dtype) + 4 * (dtype == "int8")
+    """Return the bytes of keys and values of `rows` rows of `columns` columns in all layers."""
+    vector = model.head_size * jnp.dtype(dtype).itemsize + 4 * (dtype == "int8")  # its scale
     return 2 * model.num_layers * rows * columns * model.num_kv_heads // tensor * vector
 
 
 def _forward_bytes(workload: Workload, model: DecoderConfig, rows: int, columns: int) -> int:
-    """Return the most that one layer of a forward pass holds.
-
-    That is the larger of the attention scores in float32 and the MLP, plus the residual stream.
+    """Return the most that a layer of a forward pass holds: attention scores in float32 or the MLP,
+    and the residual stream.
     """
-    tensor = workload.mesh["tensor"]
-    heads, width = model.num_heads // tensor, model.intermediate_size // tensor
-    scores = rows * heads * columns * columns * 4 if model.attention == "xla" else 0
-    mlp = rows * columns * 3 * width * _size_of(workload.dtype)
-    return max(scores, mlp) + 2 * rows * columns * model.hidden_size * 4
+    tensor, cells = workload.layout.shape["tensor"], rows * columns
+    scores = cells * columns * (model.num_heads // tensor) * 4 * (model.attention == "xla")
+    mlp = cells * 3 * (model.intermediate_size // tensor) * workload.itemsize
+    return max(scores, mlp) + 2 * cells * model.hidden_size * 4
 
 
 def _tile_bytes(workload: Workload) -> int:
     """Return the bytes of one array [tile, V] in float32."""
     tokens = min(TILE, workload.micro_rows * workload.columns)
-    return tokens * workload.student.vocab_size // workload.mesh["tensor"] * 4
+    return tokens * workload.student.vocab_size // workload.layout.shape["tensor"] * 4
 
 
 def _scoring(workload: Workload) -> list[Item]:
-    """Count the teacher's pass."""
     if workload.needs == "none":
         return []
     model, batch, phases = workload.scoring_model, workload.scored_batch(), ("teacher", *_UPDATE)
@@ -315,10 +275,9 @@ def _scoring(workload: Workload) -> list[Item]:
     # The embedding is freed after the lookup.
     table = _gathered_table(workload, model, workload.scoring_split)
     layer = _forward_bytes(workload, model, workload.micro_rows, workload.columns)
-    head, tiles = 0 if model.ties_embeddings else table, 2 * _tile_bytes(workload)
-    if workload.needs == "vocabulary":  # then the update applies the head
-        head = tiles = 0
-    rest = bytes_of(batch) - hidden - top
+    applies_head = workload.needs != "vocabulary"  # otherwise the update does
+    head = table * (applies_head and not model.ties_embeddings)
+    tiles, rest = 2 * _tile_bytes(workload) * applies_head, bytes_of(batch) - hidden - top
     return [
         Item("batch: ids, mask, log-probabilities", rest, phases, phases),
         Item("teacher's embedding, gathered, or a layer", max(table, layer), ("teacher",)),
@@ -336,12 +295,12 @@ def _updating(workload: Workload) -> list[Item]:
     cast = bytes_of(workload.trained(dtype, WEIGHT_AXES)) if dtype != "float32" else 0
     student_head = _gathered_table(workload, student, WEIGHT_AXES)
     # The head has no gradient if adapters are trained.
-    table = student.vocab_size // workload.mesh["tensor"] * student.hidden_size
+    table = student.vocab_size // workload.layout.shape["tensor"] * student.hidden_size
     table *= not config.lora.rank
     if workload.needs == "vocabulary":
         teacher_head = _gathered_table(workload, workload.scoring_model, workload.scoring_split)
     tiles, loss, backward = _TILES[workload.needs], ("loss",), ("backward",)
-    is_summed = config.train.gradient_accumulation_steps > 1
+    gradient = cast or trained * (config.train.gradient_accumulation_steps > 1)
     return [
         Item("student's parameters, cast", cast, _UPDATE),
         Item("gradient, float32", trained, _UPDATE),
@@ -350,17 +309,16 @@ def _updating(workload: Workload) -> list[Item]:
         Item("head's gradient, summed in float32", table * 4, loss),
         Item("teacher's head, gathered", teacher_head, loss),
         Item(f"vocabulary tiles, {tiles} of them", tiles * _tile_bytes(workload), loss),
-        Item("head's gradient", table * _size_of(dtype), backward),
-        Item("gradient of a micro-batch", cast or trained * is_summed, backward),
+        Item("head's gradient", table * workload.itemsize, backward),
+        Item("gradient of a micro-batch", gradient, backward),
         Item("a layer's activations, backward", _backward_bytes(workload), backward),
         Item("Muon's products of a matrix, all layers", _muon_bytes(workload), backward),
     ]
 
 
 def kept_activations(workload: Workload) -> int:
-    """Return the bytes that a micro-batch's forward pass keeps for the backward pass.
-
-    JAX itself counts them, without the parameters.
+    """Return the bytes that a micro-batch's forward pass keeps for the backward pass, without the
+    parameters, as JAX counts them.
     """
     model = workload.student
     plain = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
@@ -370,9 +328,9 @@ def kept_activations(workload: Workload) -> int:
     mesh = make_mesh(1) if model.attention == "splash" else None
     run = partial(forward, config=model, remat=workload.config.train.remat, mesh=mesh)
 
-    def residuals(frozen, trained, tokens, segment_ids):
-        inputs = {"tokens": tokens, "segment_ids": segment_ids}
-        return jax.vjp(lambda trained: run(combine(frozen, trained), **inputs), trained)[1]
+    def residuals(frozen, trained, tokens, segments):
+        apply = lambda trained: run(combine(frozen, trained), tokens=tokens, segment_ids=segments)
+        return jax.vjp(apply, trained)[1]
 
     kept = jax.tree.leaves(jax.eval_shape(residuals, frozen, trained, ids, ids))
     kind = lambda leaf: (leaf.shape, leaf.dtype)
@@ -381,13 +339,11 @@ def kept_activations(workload: Workload) -> int:
 
 
 def _backward_bytes(workload: Workload) -> int:
-    """Return the bytes of one layer in the backward pass.
-
-    Scores and their cotangents are float32; then probabilities, the MLP and its cotangents.
+    """Return the bytes of a layer in the backward pass: scores and their cotangents in float32,
+    probabilities, the MLP and its cotangents.
     """
     model, rows, columns = workload.student, workload.micro_rows, workload.columns
-    tensor, size = workload.mesh["tensor"], _size_of(workload.dtype)
+    tensor, size = workload.layout.shape["tensor"], workload.itemsize
     scores = rows * model.num_heads // tensor * columns * columns * (2 * 4 + size)
-    scores = scores if model.attention == "xla" else 0
     width = 6 * model.intermediate_size // tensor + 8 * model.hidden_size
-    return scores + rows * columns * width * size
+    return scores * (model.attention == "xla") + rows * columns * width * size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Collection
@@ -17,13 +16,12 @@ _NAME = re.compile(r"%([\w.-]+)")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.-]+) \(.*\{$")
 _CALLEES = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%[\w.-]+"
+    r"(?:calls|to_apply|body|condition|(?:true|false)_computation)=%[\w.-]+"
     r"|branch_computations=\{[^}]*\}"
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     """An instruction by which devices exchange data."""
 
     kind: str
@@ -31,7 +29,6 @@ class Collective:
     loop: str | None  # the while loops around it, outermost first; None: it runs once
     times: int  # runs; a loop of unknown trip count counts as one round
     is_open: bool  # whether a loop around it has an unknown trip count
-    operation: str  # the operation of the program that it implements
 
 
 class _Instruction(NamedTuple):
@@ -41,32 +38,22 @@ class _Instruction(NamedTuple):
     opcode: str
     rest: str
 
-    @property
-    def operation(self) -> str:
-        """The operation of the program that it implements."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found.group(1) if found else self.name
-
 
 def collectives(text: str) -> list[Collective]:
-    """Return the collectives of a compiled module; a start and its done count as one.
-
-    `text`: `compiled.as_text()`.
-    """
+    """Return the collectives of a compiled module, `as_text()`; a start and its done are one."""
     instructions = _instructions(text)
     sizes = {(each.computation, each.name): _num_bytes(each.type) for each in instructions}
     callers, counts = _callers(instructions), _counts(instructions)
     found, seen = [], set()
     for each in instructions:
-        kind = each.opcode.removesuffix("-start")
-        if kind not in _KINDS:
-            continue
+        kind, caller = each.opcode.removesuffix("-start"), callers.get(each.computation)
         # XLA for TPU spreads one collective over several fusions, which each repeat the
         # instruction. Outside fusions, several collectives of one shape may share a channel.
-        caller, channel = callers.get(each.computation), re.search(r"channel_id=(\d+)", each.rest)
-        if channel and caller is not None and caller.opcode == "fusion":
-            if (kind, channel.group(1)) in seen:
-                continue
+        channel = re.search(r"channel_id=(\d+)", each.rest)
+        is_spread = channel and caller is not None and caller.opcode == "fusion"
+        if kind not in _KINDS or (is_spread and (kind, channel.group(1)) in seen):
+            continue
+        if is_spread:
             seen.add((kind, channel.group(1)))
         operands = _NAME.findall(each.rest.partition(")")[0])
         received = sum(sizes.get((each.computation, name), 0) for name in operands)
@@ -77,34 +64,26 @@ def collectives(text: str) -> list[Collective]:
         # slice in one kernel.
         kind = "reduce-scatter" if each.computation.startswith("all-reduce-scatter") else kind
         around = _loops_around(each.computation, callers, counts)
-        found.append(Collective(kind, max(received, returned), *around, each.operation))
+        found.append(Collective(kind, max(received, returned), *around))
     return found
 
 
 def traffic(found: list[Collective]) -> list[dict[str, Any]]:
-    """Group collectives by kind and loop, the largest number of bytes first.
-
-    A row has the kind, the loop, the number of instructions, the sum of their runs, the bytes of
-    all runs, and whether a loop has an unknown trip count (`is_open`).
-    """
-    rows: dict[tuple[str, str | None], dict[str, Any]] = {}
-    for each in found:
-        start = {"instructions": 0, "runs": 0, "num_bytes": 0, "is_open": False}
-        start = {"kind": each.kind, "loop": each.loop} | start
-        row = rows.setdefault((each.kind, each.loop), start)
-        row["instructions"] += 1
-        row["runs"] += each.times
-        row["num_bytes"] += each.num_bytes * each.times
-        row["is_open"] |= each.is_open
-    return sorted(rows.values(), key=lambda row: -row["num_bytes"])
+    """Group collectives by kind and loop, the largest number of bytes of all runs first."""
+    rows = []
+    for kind, loop in dict.fromkeys((each.kind, each.loop) for each in found):
+        group = [each for each in found if (each.kind, each.loop) == (kind, loop)]
+        row = {"kind": kind, "loop": loop, "instructions": len(group)}
+        row["runs"] = sum(each.times for each in group)
+        row["num_bytes"] = sum(each.num_bytes * each.times for each in group)
+        rows.append(row | {"is_open": any(each.is_open for each in group)})
+    return sorted(rows, key=lambda row: -row["num_bytes"])
 
 
 def most_rows(text: str, widths: Collection[int], sides: Collection[int]) -> int:
-    """Return the most rows of any array whose last dimension is in `widths`.
-
-    Matrices whose number of rows is in `sides` are left out. With the vocabulary on a device as
-    `widths` and the models' widths as `sides`, this is the number of tokens whose logits exist at
-    once: a head [V, D] and its transpose are not counted.
+    """Return the most rows of any array whose last dimension is in `widths`, without matrices whose
+    number of rows is in `sides`. With the vocabulary on a device and the models' widths, this is
+    the number of tokens whose logits exist at once: heads [V, D] and transposes are not counted.
     """
     most = 0
     for dims in {match.group(2) for match in _SHAPE.finditer(text)}:
@@ -125,23 +104,21 @@ def _instructions(text: str) -> list[_Instruction]:
 
 
 def _callers(instructions: list[_Instruction]) -> dict[str, _Instruction]:
-    """Return for each computation the instruction that calls it."""
+    """Return for each computation the instruction that calls it first."""
     callers = {}
     for each in instructions:
-        for callees in _CALLEES.findall(each.rest):
-            for name in _NAME.findall(callees):
-                callers.setdefault(name, each)
+        for name in _NAME.findall(" ".join(_CALLEES.findall(each.rest))):
+            callers.setdefault(name, each)
     return callers
 
 
 def _counts(instructions: list[_Instruction]) -> dict[str, int]:
     """Return for each condition of a while loop the constant that it counts up to, from 0."""
-    constants, found = {}, {}
+    constants, found = {}, {}  # an operand is defined before it is used
     for each in instructions:
         if each.opcode == "constant" and (value := re.match(r"(\d+)\)", each.rest)):
             constants[each.computation, each.name] = int(value.group(1))
-    for each in instructions:
-        if each.opcode == "compare" and "direction=LT" in each.rest:
+        elif each.opcode == "compare" and "direction=LT" in each.rest:
             limit = re.match(r"%[\w.-]+, %([\w.-]+)\)", each.rest)
             if limit and (each.computation, limit.group(1)) in constants:
                 found[each.computation] = constants[each.computation, limit.group(1)]
@@ -155,7 +132,8 @@ def _loops_around(
     loops, times, is_open = [], 1, False
     while caller := callers.get(computation):
         if caller.opcode == "while":
-            loops.insert(0, caller.operation)
+            operation = re.search(r'op_name="([^"]*)"', caller.rest)
+            loops.insert(0, operation.group(1) if operation else caller.name)
             # The trip count is in XLA's annotation or in the loop's condition.
             known = re.search(r'"known_trip_count":\{"n":"(\d+)"', caller.rest)
             condition = re.search(r"condition=%([\w.-]+)", caller.rest).group(1)

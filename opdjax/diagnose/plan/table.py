@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -25,22 +27,23 @@ def text(plan: Plan, programs: list[Program] | None = None) -> str:
 def _heading(plan: Plan) -> str:
     workload, topology, config = plan.workload, plan.workload.topology, plan.workload.config
     near, packed = config.near_policy, config.train.pack_length
-    mesh = " x ".join(f"{axis} {size}" for axis, size in workload.mesh.items())
+    mesh = " x ".join(f"{axis} {size}" for axis, size in workload.layout.shape.items())
     generating = config.mesh.generator_devices(topology.chips) if near.generator == "thread" else 0
-    idle = topology.chips - workload.devices - generating
-    devices = f"{topology.name} ({topology.chip.note})" if topology.chip.note else topology.name
-    devices += f": {topology.chips} devices of {plan.capacity / _GIB:.2f} GiB"
-    devices += f", {topology.hosts} host{'s' if topology.hosts > 1 else ''}; mesh {mesh}"
-    devices += f"; {generating} devices generate" if generating else ""
-    devices += f"; {idle} devices are idle" if idle > 0 else ""
-    rows = f"a step: {config.rows_per_step} rows of {workload.prompt_columns}"
-    rows += f" + {config.sampling.max_completion_length} tokens"
-    rows += f", packed into rows of {packed}" if packed else ""
-    rows += f"; on a device {workload.rows} rows, {workload.micro_rows} at a time"
-    rows += f" ({config.train.gradient_accumulation_steps} micro-batches)"
-    note = "rollouts are asynchronous: everything is counted on the learner's devices, as if "
-    note += "every step sampled and scored its own"
-    return "\n".join([devices, rows, *([note] if near.schedule != "none" else [])])
+    idle = topology.chips - workload.layout.size - generating
+    text = f"{topology.name} ({topology.chip.note})" if topology.chip.note else topology.name
+    text += f": {topology.chips} devices of {plan.capacity / _GIB:.2f} GiB"
+    text += f", {topology.hosts} host{'s' if topology.hosts > 1 else ''}; mesh {mesh}"
+    text += f"; {generating} devices generate" if generating else ""
+    text += f"; {idle} devices are idle" if idle > 0 else ""
+    text += f"\na step: {config.rows_per_step} rows of {workload.prompt_columns}"
+    text += f" + {config.sampling.max_completion_length} tokens"
+    text += f", packed into rows of {packed}" if packed else ""
+    text += f"; on a device {workload.rows} rows, {workload.micro_rows} at a time"
+    text += f" ({config.train.gradient_accumulation_steps} micro-batches)"
+    if near.schedule != "none":
+        text += "\nrollouts are asynchronous: everything is counted on the learner's devices, "
+        text += "as if every step sampled and scored its own"
+    return text
 
 
 def _line(name: str, cells: Iterable[str], width: int = 12) -> str:
@@ -48,8 +51,7 @@ def _line(name: str, cells: Iterable[str], width: int = 12) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    phases = plan.phases
-    held = [plan.held(phase) for phase in phases]
+    phases, held = plan.phases, [plan.held(phase) for phase in plan.phases]
     # Items of one name and different sizes in different phases share a line.
     sizes: dict[str, dict[str, int]] = defaultdict(dict)
     for item in plan.items:
@@ -65,16 +67,16 @@ def _work(plan: Plan) -> str:
     config, bounds = plan.workload.config, [plan.bounds[name] for name in PROGRAMS]
     limit = lambda bound: "memory" if bound.is_by_memory else "arithmetic"
     tokens = config.rows_per_step * config.sampling.max_completion_length
-    seconds = sum(bound.seconds for bound in bounds)
-    rows = {
-        "work of a step": PROGRAMS,
-        "10^12 floating-point operations, all devices": (f"{x.flops / 1e12:.1f}" for x in bounds),
-        "least seconds, without communication": (f"{x.seconds:.3f}" for x in bounds),
-        "limited by": (limit(x) if x.seconds else "" for x in bounds),
-    }
+    seconds = sum(x.seconds for x in bounds)
+    flops = "10^12 floating-point operations, all devices"
+    lines = [
+        _line("work of a step", PROGRAMS),
+        _line(flops, (f"{x.flops / 1e12:.1f}" for x in bounds)),
+        _line("least seconds, without communication", (f"{x.seconds:.3f}" for x in bounds)),
+        _line("limited by", (limit(x) if x.seconds else "" for x in bounds)),
+    ]
     most = f"at most {tokens:,} completion tokens a step, in at least {seconds:.2f} s: "
-    most += f"{tokens / seconds:,.0f} a second"
-    return "\n".join([*(_line(name, cells) for name, cells in rows.items()), most])
+    return "\n".join([*lines, f"{most}{tokens / seconds:,.0f} a second"])
 
 
 def _compiled(plan: Plan, programs: list[Program]) -> str:
@@ -91,17 +93,13 @@ def _compiled(plan: Plan, programs: list[Program]) -> str:
         cells = [*(f"{size / _GIB:.3f}" for size in sizes), f"{ratio:.2f}", f"{seconds:.0f}"]
         lines.append(_line(program.name, cells, 11))
     tokens = plan.workload.micro_rows * plan.workload.columns
-    tile = min(TILE, tokens)
     rows = [each.most_logit_rows for each in programs if each.name in ("teacher", "update")]
-    lines.append(
-        f"the largest array of logits holds {max(rows, default=0):,} tokens; a tile has {tile:,}, "
-        f"a micro-batch {tokens:,} on a device"
-    )
-    return "\n".join(lines)
+    most = f"the largest array of logits holds {max(rows, default=0):,} tokens; "
+    most += f"a tile has {min(TILE, tokens):,}, a micro-batch {tokens:,} on a device"
+    return "\n".join([*lines, most])
 
 
 def _traffic(program: Program) -> str:
-    """Return the collectives of a program by kind and loop, the most bytes first."""
     if not program.collectives:
         return ""
     lines = [f"{program.name + ': collectives':20}{'':>4}{'runs':>14}{'MiB':>12}  in the loop"]
@@ -118,24 +116,22 @@ def _traffic(program: Program) -> str:
 def verdict(plan: Plan, programs: list[Program] | None = None) -> str:
     """Return one line for each phase or program that does not fit, or one line if all fit."""
     problems, capacity = [], f"{plan.capacity / _GIB:.2f} GiB"
+    holds = lambda phase: f"{plan.held(phase) / _GIB:.2f} of {capacity}"
     for phase in plan.phases:
-        largest = max(plan.items_in(phase), key=lambda item: item.num_bytes)
-        if (item := plan.first_overflow(phase)) is not None:
-            problems.append(
-                f"{phase} holds {plan.held(phase) / _GIB:.2f} of {capacity}; the first item that "
-                f"does not fit is {item.name!r}, the largest is {largest.name!r}"
-            )
+        items, size = plan.items_in(phase), operator.attrgetter("num_bytes")
+        totals = itertools.accumulate(map(size, items))
+        if over := [item for item, total in zip(items, totals) if total > plan.capacity]:
+            text = f"{phase} holds {holds(phase)}; the first item that does not fit is "
+            problems.append(f"{text}{over[0].name!r}, the largest is {max(items, key=size).name!r}")
     for program in programs or ():
         outside = max(plan.outside_bytes(phase) for phase in PROGRAMS[program.name])
         if program.problem is not None:
             problems.append(f"{program.name}: {program.problem}")
         elif program.peak_bytes + outside > plan.capacity:
-            problems.append(
-                f"{program.name} holds {program.peak_bytes / _GIB:.2f} GiB as compiled and "
-                f"{outside / _GIB:.2f} outside the program, of {capacity}"
-            )
+            text = f"{program.name} holds {program.peak_bytes / _GIB:.2f} GiB as compiled and "
+            problems.append(f"{text}{outside / _GIB:.2f} outside the program, of {capacity}")
     fullest = max(plan.phases, key=plan.held)
-    most = f"fits: {fullest} holds most, {plan.held(fullest) / _GIB:.2f} of {capacity}"
+    most = f"fits: {fullest} holds most, {holds(fullest)}"
     return "\n".join(f"does not fit: {problem}" for problem in problems) or most
 
 

@@ -49,29 +49,14 @@ class Workload:
     slots: int  # rows that one device decodes at a time
 
     @property
-    def mesh(self) -> dict[str, int]:
-        """Axis -> devices."""
-        return dict(self.layout.shape)
-
-    @property
-    def devices(self) -> int:
-        """The number of devices in the mesh."""
-        return math.prod(self.mesh.values())
-
-    @property
     def row_shards(self) -> int:
         """The number of shards of a batch's rows."""
-        return self.mesh["data"] * self.mesh["fsdp"]
+        return self.layout.shape["data"] * self.layout.shape["fsdp"]
 
     @property
     def has_reference(self) -> bool:
         """Whether the reference policy scores; such a recipe reads no teacher."""
         return bool(self.config.estimator.reference_kl_coef)
-
-    @property
-    def has_average(self) -> bool:
-        """Whether the teacher is a moving average of the student."""
-        return self.config.optimizer.teacher_ema_decay > 0
 
     @property
     def scoring_model(self) -> DecoderConfig:
@@ -89,7 +74,10 @@ class Workload:
         stored = self.config.sampling.kv_dtype
         return self.dtype if stored == "auto" else stored
 
-    # Arguments of the programs: shapes, types and shardings
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the forward passes."""
+        return jnp.dtype(self.dtype).itemsize
 
     def params(self, model: DecoderConfig, dtype: str, split_over: tuple[str, ...]) -> Any:
         """A model's parameters."""
@@ -145,17 +133,17 @@ class Workload:
     def scored_batch(self) -> TrainBatch:
         """A step's rows as the update receives them."""
         batch = self.batch()
-        if self.has_reference:
-            return dataclasses.replace(batch, reference_logprobs=self._rows("float32"))
         if self.needs == "none":
             return batch
+        logprobs = self._rows("float32")
+        if self.has_reference:
+            return dataclasses.replace(batch, reference_logprobs=logprobs)
         if self.needs == "vocabulary":
             hidden = self._rows(self.dtype, self.scoring_model.hidden_size)
             return dataclasses.replace(batch, teacher=TeacherScores(hidden=hidden))
-        scores = [self._rows("float32")]
-        if self.needs == "top_k":
-            scores += [self._rows(dtype, self.top_k) for dtype in ("int32", "float32")]
-        return dataclasses.replace(batch, teacher=TeacherScores(*scores))
+        kinds = ("int32", "float32") if self.needs == "top_k" else ()
+        top = [self._rows(dtype, self.top_k) for dtype in kinds]
+        return dataclasses.replace(batch, teacher=TeacherScores(logprobs, *top))
 
     def _rows(self, dtype: str, *columns: int) -> jax.ShapeDtypeStruct:
         shape = (self.config.rows_per_step, self.columns, *columns)
@@ -163,10 +151,7 @@ class Workload:
 
 
 def read_workload(config: Config, topology: Topology) -> Workload:
-    """Return the run's workload on `topology`.
-
-    ConfigError if the mesh does not divide its devices, its rows or its models.
-    """
+    """Return a run's workload; ConfigError if the mesh does not divide devices, rows or models."""
     sizes, sampling, available = config.mesh, config.sampling, topology.chips
     if config.near_policy.generator == "thread":
         available -= sizes.generator_devices(available)
@@ -190,21 +175,14 @@ def read_workload(config: Config, topology: Topology) -> Workload:
         split = WEIGHT_AXES
     elif needs_teacher(config) and not config.teacher_is_student:
         teacher, split = shape_of(config.teacher, "teacher"), WEIGHT_AXES
-    writer = {"student": "student", "references": "none"}.get(sampling.completions_from)
-    writer = "student" if writer == "none" and sampling.student_samples else writer
-    columns = padded_width(config.data.max_prompt_length)
-    rows = config.rows_per_step // row_shards
+    writer = "teacher" if teacher else "student"
+    if sampling.completions_from != "teacher":
+        writer = "student" if sampling.student_samples else "none"
+    columns, rows = padded_width(config.data.max_prompt_length), config.rows_per_step // row_shards
     return Workload(
-        config,
-        topology,
-        abstract_mesh(mesh),
-        student,
-        teacher,
-        needs,
-        estimator.top_k,
-        dtype,
-        split,
-        writer or ("teacher" if teacher else "student"),
+        *(config, topology, abstract_mesh(mesh), student, teacher, needs, estimator.top_k, dtype),
+        scoring_split=split,
+        writer=writer,
         prompt_columns=columns,
         columns=config.train.pack_length or columns + sampling.max_completion_length,
         rows=rows,
@@ -214,7 +192,7 @@ def read_workload(config: Config, topology: Topology) -> Workload:
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-    """Return a mesh of these sizes without devices: enough to count what a device holds."""
+    """Return a mesh without devices: enough to count what a device holds."""
     return AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
 

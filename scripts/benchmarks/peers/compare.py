@@ -1,10 +1,9 @@
-"""Compare opdjax with other libraries on this machine: losses, generation, the on-policy step."""
+"""Compare opdjax with other libraries on this machine: a loss, generation, the on-policy step."""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
-import shutil
 import signal
 import statistics
 import sys
@@ -14,63 +13,49 @@ from functools import partial
 import jax
 
 from benchmarks.core import Row, alternate, num_cores, progress, report
-from benchmarks.peers.cases import FORMS, PARTS, SIZES, Form, cases_of, write_inputs
+from benchmarks.peers.cases import FORMS, SIZES, TINY, Form, cases_of, write_inputs
 from benchmarks.peers.worker import PINS, Worker, python_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[3] / ".bench"
-# Relative, between losses and gradient norms of one divergence.
-TOLERANCE = {"cpu": 1e-3, "gpu": 3e-2}
+TOLERANCE = 1e-3  # relative, between losses and between gradient norms
 
 
 def add_peers(parser: argparse.ArgumentParser) -> None:
-    """Compare opdjax with other libraries on this machine.
+    """Compare opdjax with other libraries on the CPU of this machine.
 
-    `losses`: value and gradient of the exact divergences, from logits and from hidden states.
-    `generation`: equal lengths, and a long tail where some ids stop a completion and only the
-    tokens up to the stop count. `step`: the full on-policy step. Each peer runs in its own
-    environment under `.bench/`, which the first use makes (about three minutes). Every form runs on
-    each number of cores, and the fastest one is shown. Losses and gradients of one divergence must
-    agree, or the row says so. What a peer cannot do, or fails at, is a row with the reason. Ratios
-    are medians over neighbouring runs; below 1, opdjax is faster.
+    `loss`: value and gradient of the forward KL from logits. `generate`: completions of equal
+    lengths. `step`: the full on-policy step. Each peer runs in its own environment under `.bench/`,
+    which the first use makes (about three minutes). Every form runs on one core and on all, and the
+    faster one is shown. Losses and gradients must agree, or the row says so. What a peer fails at
+    is a row with the reason. Ratios are medians over neighbouring runs; below 1, opdjax is faster.
     """
     parser.set_defaults(run=peers, repeats=5)
     add = parser.add_argument
-    add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
+    # The step comes last: its trainers keep their threads.
+    add("--only", nargs="+", choices=tuple(FORMS), default=tuple(FORMS), help="kinds of work")
     add("--peers", nargs="*", choices=tuple(PINS), default=list(PINS), help="systems to compare")
-    add("--device", choices=tuple(TOLERANCE), default="cpu")
     add("--tiny", action="store_true", help="tiny sizes, to try the command")
-    cores = sorted({1, num_cores()})
-    add("--cores", nargs="+", type=int, default=cores, help="numbers of CPU cores of a worker")
-    python = "a Python interpreter with the peer installed, in place of an own environment"
-    add("--python", nargs="*", type=interpreter, default=[], metavar="PEER=PATH", help=python)
-
-
-def interpreter(text: str) -> tuple[str, str]:
-    peer, _, path = text.partition("=")
-    if peer not in PINS or not path:
-        message = f"{text!r} is no PEER=PATH; expected a peer of {', '.join(PINS)}"
-        raise argparse.ArgumentTypeError(message)
-    return peer, str(pathlib.Path(shutil.which(path) or path).absolute())
 
 
 def peers(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers too
     jax.config.update("jax_platforms", "cpu")  # this process only writes the inputs
-    sizes = SIZES["tiny" if options.tiny else options.device]
-    inputs = write_inputs(ROOT / f"models-{'tiny' if options.tiny else options.device}", sizes)
+    sizes, inputs = TINY if options.tiny else SIZES, write_inputs(ROOT / "models")
     workers: dict[str, list[Worker]] = {}
     failures: dict[str, str] = {}
     rows: list[Row] = []
     try:
         for system in ("opdjax", *options.peers):
             try:
-                workers[system] = started(system, options)
+                python = sys.executable if system == "opdjax" else python_of(system, ROOT)
+                counts = sorted({1, num_cores()})
+                workers[system] = [Worker(system, python, count, ROOT) for count in counts]
             except OSError as error:
                 failures[system] = str(error)
-        for part in (part for part in PARTS if part in options.only):
-            for case in cases_of(part, sizes, inputs):
+        for kind in (kind for kind in FORMS if kind in options.only):
+            for case in cases_of(kind, sizes, inputs):
                 found = measure(case, workers, failures, options)
-                warn_of_differences(found, TOLERANCE[options.device])
+                warn_of_differences(found)
                 rows += found
         versions = {system: group[0].versions for system, group in workers.items()}
     finally:
@@ -82,19 +67,8 @@ def peers(options: argparse.Namespace) -> None:
     report(shown, options, notes, versions=versions, runs=rows)
 
 
-def started(system: str, options: argparse.Namespace) -> list[Worker]:
-    """Return a worker per number of cores; OSError if the system has no environment."""
-    python = sys.executable if system == "opdjax" else dict(options.python).get(system)
-    python = python or python_of(system, ROOT, options.device)
-    counts = [None] if options.device == "gpu" else options.cores
-    return [Worker(system, python, count, ROOT) for count in counts]
-
-
 def measure(
-    case: Row,
-    workers: dict[str, list[Worker]],
-    failures: dict[str, str],
-    options: argparse.Namespace,
+    case: Row, workers: dict[str, list[Worker]], failures: dict[str, str], options
 ) -> list[Row]:
     """Return the rows of one case, opdjax's first: each form on its fastest worker."""
     print(f"measuring: {case['title']}", file=sys.stderr, flush=True)
@@ -102,12 +76,8 @@ def measure(
     works: dict[tuple[Form, Worker], Callable] = {}
     wanted = [form for form in FORMS[case["kind"]] if form.system in ("opdjax", *options.peers)]
     for form in wanted:
-        divergence = None if case["kind"] == "step" else case.get("divergence")
-        if form.system in failures:
-            errors[form] = failures[form.system]
-        elif divergence not in (None, *form.divergences):
-            errors[form] = f"has {' and '.join(form.divergences)} KL only"
-        for worker in () if form in errors else workers[form.system]:
+        errors |= {form: failures[form.system]} if form.system in failures else {}
+        for worker in workers.get(form.system, ()):
             answer = worker.ask(do="prepare", form=form.name, case=case)
             if "error" in answer:
                 errors[form] = answer["error"]
@@ -129,7 +99,7 @@ def measure(
     return found
 
 
-def fastest(runs: dict[int | None, list[Row]], error: str) -> Row:
+def fastest(runs: dict[int, list[Row]], error: str) -> Row:
     """Return the figures of the number of cores that takes the least time, or the error.
 
     `cost`: seconds of each run, per useful token if tokens are counted.
@@ -148,19 +118,13 @@ def fastest(runs: dict[int | None, list[Row]], error: str) -> Row:
     return min(found, key=lambda row: statistics.median(row["cost"]), default={"error": error})
 
 
-def warn_of_differences(rows: list[Row], tolerance: float) -> None:
-    """Add a warning to each row whose loss or gradient differs from opdjax's."""
-
-    def values(row: Row) -> list[float]:
-        facts = row.get("facts", {})
-        return [facts["loss"], *facts["norms"]] if "loss" in facts else []
-
+def warn_of_differences(rows: list[Row]) -> None:
+    """Add a warning to each row whose loss or gradient norm differs from opdjax's."""
     for row in rows[1:]:
-        for number, (mine, other) in enumerate(zip(values(rows[0]), values(row))):
-            if abs(mine - other) > tolerance * abs(mine):
-                name = f"gradient norm {number - 1}" if number else "loss"
-                text = f"DIFFERS: {name} is {other / mine:.4g} of opdjax's"
-                row.setdefault("warnings", []).append(text)
+        for name in ("loss", "gradient norm"):
+            mine, other = (each.get("facts", {}).get(name) for each in (rows[0], row))
+            if None not in (mine, other) and abs(mine - other) > TOLERANCE * abs(mine):
+                row["warning"] = f"DIFFERS: {name} is {other / mine:.4g} of opdjax's"
 
 
 def shown_row(row: Row) -> Row:
@@ -168,16 +132,14 @@ def shown_row(row: Row) -> Row:
     shown = {"work": row["title"], "system": row["system"], "form": row["form"]}
     if "error" in row:
         return shown | {"remark": row["error"]}
-    facts, remarks = row["facts"], [row["remark"]] if row["remark"] else []
-    if "mean_length" in facts:
-        remarks.append(f"lengths: mean {facts['mean_length']:.0f}, longest {facts['max_length']}")
+    facts = row["facts"]
     return shown | {
-        "cores": row["cores"] or "gpu",
+        "cores": row["cores"],
         "seconds": row["seconds"],
         "CPU seconds": row["cpu_seconds"],
         "useful tokens/s": row["tokens_per_second"],
         "opdjax / peer": row.get("ratio"),
         "loss": facts.get("loss"),
-        "gradient norms": " ".join(f"{norm:.4e}" for norm in facts.get("norms", ())),
-        "remark": "; ".join([*remarks, *row.get("warnings", [])]),
+        "gradient norm": facts.get("gradient norm"),
+        "remark": "; ".join(filter(None, [row["remark"], row.get("warning")])),
     }

@@ -1,10 +1,9 @@
-"""The EasyDeL worker: its three divergences, compiled `generate`, and its on-policy trainer."""
+"""The EasyDeL worker: its forward KL, compiled `generate`, and its on-policy trainer."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from functools import partial
 from importlib.metadata import version
 
 import easydel as ed
@@ -12,55 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from datasets import Dataset
-from easydel.trainers.distillation_trainer._fn import chunked_distillation_loss, distillation_loss
-from easydel.trainers.generalized_knowledge_distillation_trainer._fn import generalized_jsd_loss
+from easydel.trainers.distillation_trainer._fn import distillation_loss
 from transformers import AutoTokenizer, GenerationConfig
 
-from benchmarks.peers.protocol import (
-    Job,
-    Stepper,
-    generation,
-    jax_loss,
-    make_hidden,
-    make_logits,
-    read_prompts,
-    serve,
-)
-
-_BETAS = {"reverse": 0.0, "forward": 1.0, "jsd": 0.5}  # the opposite of other libraries
-_HINTON = {"temperature": 1.0, "alpha": 1.0}
-
-
-def _logits(case):
-    return [jnp.asarray(x)[None] for x in make_logits(case)]
+from benchmarks.peers import protocol
 
 
 def hinton_loss(case):
-    return jax_loss(lambda *logits: distillation_loss(*logits, **_HINTON)[0], _logits(case))
+    loss = lambda *logits: distillation_loss(*logits, temperature=1.0, alpha=1.0)[0]
+    return protocol.jax_loss(loss, (x[None] for x in protocol.make_logits(case)))
 
 
-def generalized_loss(case):
-    return jax_loss(partial(generalized_jsd_loss, beta=_BETAS[case["divergence"]]), _logits(case))
-
-
-def chunked_loss(case):
-    def loss(hidden, head, teacher, teacher_head):
-        of = lambda kernel: lambda states: states @ kernel.T
-        given = hidden[None], teacher[None], of(head), of(teacher_head)
-        return chunked_distillation_loss(*given, **_HINTON)[0]
-
-    return jax_loss(loss, (jnp.asarray(x, case["dtype"]) for x in make_hidden(case)), (0, 1))
-
-
-def _load(path, case):
-    types = dict.fromkeys(("dtype", "param_dtype"), jnp.dtype(case["dtype"]))
+def _load(path):
+    types = dict.fromkeys(("dtype", "param_dtype"), jnp.dtype("float32"))
     mesh = {"sharding_axis_dims": (1, -1, 1, 1, 1), "auto_shard_model": True}
     model = ed.AutoEasyDeLModelForCausalLM
     return model.from_pretrained(path, from_torch=True, **types, **mesh)
 
 
 def generate(case):
-    model = _load(case["student"], case)
+    model = _load(case["student"])
     options = {"max_new_tokens": case["new"], "do_sample": True, "temperature": 1.0, "top_k": 0}
     options |= {"top_p": case["top_p"], "eos_token_id": case["stop_ids"], "pad_token_id": 0}
     model.generation_config = GenerationConfig(**options)
@@ -72,14 +42,14 @@ def generate(case):
         options = {"generation_config": module.generation_config, "prng_key": key}
         return module.generate(ids, attention_mask=jnp.ones_like(ids), **options).sequences
 
-    ids = jnp.asarray(read_prompts(case, "ids"), jnp.int32)
+    ids = jnp.asarray(protocol.read_prompts(case, "ids"), jnp.int32)
 
-    def drawn(rows, seed):
+    def drawn(seed):
         with model.mesh:
-            found = compiled(state, rest, ids[rows], jax.random.PRNGKey(seed))
+            found = compiled(state, rest, ids, jax.random.PRNGKey(seed))
         return np.asarray(found)[:, ids.shape[1] :]
 
-    return generation(case, case["batch"], drawn)
+    return protocol.generation(drawn)
 
 
 def trainer(case):
@@ -93,7 +63,7 @@ def trainer(case):
         with tempfile.TemporaryDirectory() as directory:
             PausingTrainer(**_trainer_arguments(case, directory)).train()
 
-    return Job(Stepper(loop))
+    return protocol.Job(protocol.Stepper(loop))
 
 
 def _trainer_arguments(case, directory):
@@ -119,7 +89,7 @@ def _trainer_arguments(case, directory):
         weight_distribution_log_steps=0,
     )
     tokenizer = AutoTokenizer.from_pretrained(case["student"])
-    student, teacher = _load(case["student"], case), _load(case["teacher"], case)
+    student, teacher = _load(case["student"]), _load(case["teacher"])
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     options = GenerationConfig(max_new_tokens=case["new"], do_sample=True, **ids)
     student.generation_config = options
@@ -128,17 +98,12 @@ def _trainer_arguments(case, directory):
         "processing_class": tokenizer,
         "student_model": student,
         "teacher_model": teacher,
-        "train_dataset": Dataset.from_dict({"prompt": read_prompts(case)}),
+        "train_dataset": Dataset.from_dict({"prompt": protocol.read_prompts(case)}),
     }
 
 
 if __name__ == "__main__":
     os.environ.setdefault("WANDB_MODE", "disabled")
-    forms = {
-        "distillation_loss": hinton_loss,
-        "generalized_jsd_loss": generalized_loss,
-        "chunked_distillation_loss": chunked_loss,
-        "generate": generate,
-        "OnPolicyDistillationTrainer": trainer,
-    }
-    serve(forms, easydel=version("easydel"), jax=jax.__version__)
+    forms = {"distillation_loss": hinton_loss, "generate": generate}
+    forms |= {"OnPolicyDistillationTrainer": trainer}
+    protocol.serve(forms, easydel=version("easydel"), jax=jax.__version__)

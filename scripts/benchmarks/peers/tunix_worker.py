@@ -1,6 +1,6 @@
 """The Tunix worker: its logit distillation loss and its sampler.
 
-Tunix has no on-policy distillation and no loss from hidden states.
+Tunix has no on-policy distillation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def logit_strategy(case):
 
 
 def sampler(case):
-    shape, dtype = case["student_shape"], jnp.dtype(case["dtype"])
+    shape, dtype = case["student_shape"], jnp.dtype("float32")
     config = ModelConfig(
         num_layers=shape["num_hidden_layers"],
         vocab_size=shape["vocab_size"],
@@ -49,15 +49,9 @@ def sampler(case):
     columns = case["prompt"] + case["new"]
     cache = CacheConfig(columns, config.num_layers, config.num_kv_heads, config.head_dim)
     draw = Sampler(model, AutoTokenizer.from_pretrained(case["student"]), cache)
-    texts, new, stop_ids = read_prompts(case), case["new"], case["stop_ids"]
-    options = {"eos_tokens": stop_ids, "temperature": 1.0, "top_p": case["top_p"]}
-
-    def generate(rows, seed):
-        drawn = draw(texts[rows], new, case["prompt"], seed=seed, **options)
-        # The returned tokens exclude the stop token.
-        return [[*tokens, stop_ids[0]][:new] for tokens in drawn.tokens]
-
-    return generation(case, case["batch"], generate)
+    options = {"eos_tokens": case["stop_ids"], "temperature": 1.0, "top_p": case["top_p"]}
+    sizes = read_prompts(case), case["new"], case["prompt"]
+    return generation(lambda seed: draw(*sizes, seed=seed, **options).tokens)
 
 
 if __name__ == "__main__":

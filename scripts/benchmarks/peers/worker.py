@@ -14,7 +14,6 @@ from typing import Any
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2]
 TIMEOUT = 600  # seconds for one answer: importing, compiling or one run
-# torch comes from the default index: the CPU build if the index has it, otherwise the CUDA build.
 # easydel needs pillow and torch but does not declare them.
 PINS = {
     "trl": "trl==1.16.0 torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0",
@@ -22,34 +21,29 @@ PINS = {
     "easydel": "easydel==0.3.0 jax==0.9.2 flax==0.12.3 transformers==5.5.4 torch==2.13.0 "
     "pillow==12.3.0",
 }
-CUDA_PINS = {"tunix": "jax[cuda13]==0.10.2", "easydel": "jax[cuda13]==0.9.2"}
 
 
-def python_of(peer: str, root: pathlib.Path, device: str) -> str:
+def python_of(peer: str, root: pathlib.Path) -> str:
     """Return the interpreter of a peer's environment with these pins; OSError without one."""
-    pins = PINS[peer].split() + (CUDA_PINS.get(peer, "").split() if device == "gpu" else [])
-    directory = root / "venvs" / f"{peer}-{device}"
+    pins, directory = PINS[peer].split(), root / "venvs" / peer
     python = str(directory / "bin" / "python")
     print(f"{directory} needs {', '.join(pins)}", file=sys.stderr, flush=True)
     # pip changes nothing, and needs no network, where all of these are installed.
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins]
     for command in ([sys.executable, "-m", "venv", str(directory)], install):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            lines = done.stderr.splitlines()
-            errors = [line for line in lines if line.startswith("ERROR")] or lines
-            raise OSError(f"not installed: {' '.join(errors[-1:])[:300]}")
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            raise OSError(f"not installed: {' '.join(command)} failed")
     return python
 
 
 class Worker:
-    """One system in its own process, on `threads` cores, or on the accelerator if None."""
+    """One system in its own process, on `threads` cores."""
 
-    def __init__(self, system: str, python: str, threads: int | None, root: pathlib.Path):
+    def __init__(self, system: str, python: str, threads: int, root: pathlib.Path):
         self.threads, self.versions = threads, {}
         self._death: str | None = None
         (root / "logs").mkdir(parents=True, exist_ok=True)
-        self._log = root / "logs" / f"{system}-{threads or 'gpu'}.log"
+        self._log = root / "logs" / f"{system}-{threads}.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 _command(system, python, threads),
@@ -89,30 +83,24 @@ class Worker:
         return f"its process ended with status {status}: {last}"
 
 
-def _command(system: str, python: str, threads: int | None) -> list[str]:
+def _command(system: str, python: str, threads: int) -> list[str]:
     cores, pin = sorted(os.sched_getaffinity(0)), []
-    if threads is not None and threads < len(cores) and shutil.which("taskset"):
+    if threads < len(cores) and shutil.which("taskset"):
         pin = ["taskset", "-c", ",".join(map(str, cores[:threads]))]
     return [*pin, python, "-m", f"benchmarks.peers.{system}_worker"]
 
 
-def _environment(system: str, threads: int | None, root: pathlib.Path) -> dict[str, str]:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("XLA_", "JAX_", "OMP_", "MKL_", "PYTHONPATH"))
-    }
-    kept |= {
+def _environment(system: str, threads: int, root: pathlib.Path) -> dict[str, str]:
+    others = ("XLA_", "JAX_", "OMP_", "MKL_", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
+    return kept | {
         # Only opdjax's own worker may import the package.
         "PYTHONPATH": str(SCRIPTS.parent) if system == "opdjax" else "",
-        "BENCHMARK_DEVICE": "gpu" if threads is None else "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(root / "compiled" / f"{system}-{threads or 'gpu'}"),
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(threads),
+        "JAX_COMPILATION_CACHE_DIR": str(root / "compiled" / f"{system}-{threads}"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "disabled",
     }
-    if threads is None:
-        # Several systems share the accelerator: none may take most of its memory at the start.
-        return kept | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    on_cpu = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return kept | on_cpu | {"OMP_NUM_THREADS": str(threads)}

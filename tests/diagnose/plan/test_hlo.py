@@ -25,10 +25,6 @@ def test_collectives_are_counted_once_with_their_bytes_and_loops():
         ("all-reduce", 4 + 64 * 4, None, 1, False),
     }
     assert len(collectives(MODULE)) == len(found) + 1  # two of one shape may share a channel
-    assert {each.operation for each in collectives(MODULE)} >= {
-        "jit(update)/head",
-        "jit(update)/while/body/psum_scatter",
-    }
 
 
 def test_heads_are_not_counted_as_logits():

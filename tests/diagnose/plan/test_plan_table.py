@@ -44,16 +44,13 @@ def program(**changes):
         "jit(update)/while > jit(update)/while/body/closed_call/jvp()/while",
         6,
         False,
-        "x",
     )
-    open_ended = Collective("all-reduce", 2**10, "jit(update)/tiles", 1, True, "y")
+    open_ended = Collective("all-reduce", 2**10, "jit(update)/tiles", 1, True)
     fields = {
         "name": "update",
         "argument_bytes": 2**29,
-        "output_bytes": 0,
-        "alias_bytes": 0,
+        "temp_bytes": 2**29,
         "peak_bytes": 2**30,
-        "flops": 1.0,
     }
     fields |= {
         "compile_seconds": 3.0,

@@ -25,12 +25,12 @@ from opdjax.models.hf import CheckpointError, load_params, open_checkpoint
 
 def test_sizes_of_a_run(run_of):
     workload = run_of("v5e-8", micro=1)
-    assert workload.mesh == {
+    assert dict(workload.layout.shape) == {
         "data": 4,
         "fsdp": 2,
         "tensor": 1,
     }  # data takes the devices that are left
-    assert (workload.devices, workload.row_shards, workload.rows) == (8, 8, 1)
+    assert (workload.layout.size, workload.row_shards, workload.rows) == (8, 8, 1)
     assert (workload.prompt_columns, workload.columns) == (
         16,
         32,
@@ -42,7 +42,7 @@ def test_sizes_of_a_run(run_of):
 def test_a_generator_in_the_process_leaves_the_learner_fewer_devices(run_of):
     near_policy = NearPolicyConfig(schedule="continuous", max_staleness=2, generator="thread")
     workload = run_of("v5e-8", near_policy=near_policy, mesh=MeshConfig(2, 2))
-    assert workload.devices == 4
+    assert workload.layout.size == 4
     assert "; 4 devices generate\n" in text(estimate(workload))
     assert "rollouts are asynchronous" in text(estimate(workload))
 
