@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import differences
@@ -20,7 +20,6 @@ from opdjax.report.papers.tables import (
     PaperTable,
     Row,
     Value,
-    paper_named,
     paper_tables,
 )
 from opdjax.runs import statistics
@@ -28,7 +27,6 @@ from opdjax.runs.results import Point, Run, SeedGroup, read_group, read_run, see
 from opdjax.runs.workdir import WorkdirError
 
 Status = Literal["reproduced", "contradicted", "inconclusive", "not run"]
-Part = Literal["paper", "ours", "difference"]
 Interval = tuple[float, float | None]  # mean and half of its 95 % interval; None: one seed
 Bounds = tuple[float | None, float | None]  # None: no bound
 
@@ -82,16 +80,6 @@ class Comparison:
     def is_run(self) -> bool:
         """Whether the sweep has any point of the table."""
         return any(cell.digest for row in self.cells.values() for cell in row.values())
-
-    def parts(self, columns: Sequence[PaperColumn]) -> list[tuple[PaperColumn, Part]]:
-        """The parts of columns that any row has."""
-        fields: dict[Part, str] = {"paper": "paper", "ours": "digest", "difference": "difference"}
-        return [
-            (column, part)
-            for column in columns
-            for part, field in fields.items()
-            if any(getattr(row[column.label], field) is not None for row in self.cells.values())
-        ]
 
 
 # By labels of row and column: the points of a cell, and their completed runs by seed.
@@ -310,47 +298,14 @@ def _verdict(claim: PaperClaim, column: PaperColumn, cells: Cells) -> Verdict:
     return verdict(status, finite(mean, half), (low, high) if math.isfinite(half) else None)
 
 
-# All tables
-
-
-@dataclasses.dataclass(frozen=True)
-class PaperFacts:
-    """The tables of papers that have points in a sweep."""
-
-    compared: tuple[Comparison, ...]
-    refused: dict[str, tuple[str, str]]  # table whose runs do not compare -> (title, error)
-    absent: tuple[str, ...]  # tables without a point; none where one table was asked for
-
-
-def paper_facts(points: Sequence[Point], only: str | None = None) -> PaperFacts | None:
-    """The tables with their runs, or `only` one; None if no table has a point here.
-
-    ConfigError if `only` is no table, WorkdirError if it has no point here.
+def compare_all(points: Sequence[Point]) -> dict[str, Any]:
+    """The comparisons of all tables that have points here, and the errors, by name, of those whose
+    runs do not compare.
     """
     found, refused = [], {}
-    for table in [paper_named(only)] if only else paper_tables().values():
+    for name, table in paper_tables().items():
         try:
             found.append(compare(table, points))
         except WorkdirError as error:
-            refused[table.name] = table.title, str(error)
-    found = [each for each in found if each.is_run]
-    named = {each.table.name for each in found} | refused.keys()
-    if only and not named:
-        raise WorkdirError(
-            f"--paper {only}: the sweep has no point of this table; expected points with some of "
-            f"the labels {paper_named(only).labels}"
-        )
-    absent = () if only else tuple(name for name in paper_tables() if name not in named)
-    return PaperFacts(tuple(found), refused, absent) if named else None
-
-
-def of_table(points: Sequence[Point], table: PaperTable) -> list[Point]:
-    """The points that belong to cells of a table."""
-    arms = {row.arm for row in table.rows if row.arm}
-    pairs = {column.pair for column in table.columns if column.read}
-    return [
-        point
-        for point in points
-        if point.overrides.get("arm") in arms
-        and ("" in pairs or point.overrides.get("pair") in pairs)
-    ]
+            refused[name] = str(error)
+    return {"compared": [each for each in found if each.is_run], "refused": refused}
