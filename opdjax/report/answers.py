@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdjax.report import measures
-from opdjax.report.text import prompt_text
+from opdjax.report.text import count, prompt_text
 from opdjax.runs.results import Run
 
 _PROMPTS = 6  # shown
@@ -30,8 +30,9 @@ def first_and_last(run: Run) -> dict[str, Any] | None:
     }
     grades = [tuple(bool(answer["is_right"]) for _, answer in given) for given in found.values()]
     about = (
-        f"The first and the last answer. Of {len(grades)} prompts, {grades.count((False, True))} "
-        f"went from wrong to right, {grades.count((True, False))} from right to wrong."
+        f"The first and the last answer. Of {count(len(grades), 'prompt')}, "
+        f"{grades.count((False, True))} went from wrong to right, "
+        f"{grades.count((True, False))} from right to wrong."
     )
     return _shown(about, found)
 

@@ -18,7 +18,15 @@ from opdjax.config.validation import ConfigError
 from opdjax.report import measures
 from opdjax.report.against import differing, settings_of
 from opdjax.report.answers import of_arms
-from opdjax.report.drawing import REST, SERIES, Line, interval_line, smooth, smoothing_window
+from opdjax.report.drawing import (
+    REST,
+    SERIES,
+    Line,
+    finite,
+    interval_line,
+    smooth,
+    smoothing_window,
+)
 from opdjax.report.papers.compare import compare_all
 from opdjax.report.table import COLUMNS, column_interval
 from opdjax.report.text import fixed, shown
@@ -28,12 +36,15 @@ from opdjax.runs.workdir import WorkdirError
 
 Interval = tuple[float, float]  # mean over seeds, half width of its 95 % interval
 Lines = dict[str, Line]  # by arm, the best first
-Readings = Mapping[str, Callable[[Run], float | None]]
 _VARYING = 6  # most settings in a point's row
 _LINE_LENGTH = 150  # points of a drawn line
-_TRAINING = "kl/student_teacher", "grad/norm"
-_JUDGED = "rubric/reward_mean", "rubric/auc", "rubric/tied_groups", "rubric/no_signal_share"
-_JUDGED_NUMBERS: Readings = {
+_METRICS = (  # drawn
+    *("kl/student_teacher", "grad/norm"),
+    *("rubric/reward_mean", "rubric/auc", "rubric/tied_groups", "rubric/no_signal_share"),
+    *("staleness/kl", "staleness/mean", "staleness/effective_sample_size", "filter/keep_rate"),
+)
+# Numbers of judged arms, and of arms that sample ahead of their update.
+NUMBERS: Mapping[str, Callable[[Run], float | None]] = {
     "reward, last 10 steps": lambda run: run.last_mean("rubric/reward_mean"),
     "AUC, all steps": lambda run: mean(run.column("rubric/auc")),
     "tied groups": lambda run: mean(run.column("rubric/tied_groups")),
@@ -41,14 +52,9 @@ _JUDGED_NUMBERS: Readings = {
     "judge calls a step": lambda run: _api(run, len(run.metrics), "calls"),
     "tokens a step": lambda run: _api(run, len(run.metrics), "input_tokens", "output_tokens"),
     "dollars a run": lambda run: _api(run, 1, "dollars"),
-}
-_AHEAD = "staleness/kl", "staleness/mean", "staleness/effective_sample_size", "filter/keep_rate"
-_AHEAD_NUMBERS: Readings = {
     "age, updates": lambda run: mean(run.column("staleness/mean")),
     "KL, all steps": lambda run: mean(run.column("staleness/kl")),
-    "KL, last 10 steps": lambda run: run.last_mean("staleness/kl"),
     "effective sample size": lambda run: mean(run.column("staleness/effective_sample_size")),
-    "keep rate": lambda run: run.keep_rate,
 }
 
 
@@ -62,7 +68,7 @@ class Arm:
     is_reference: bool  # scores the teacher itself among students: a ceiling
     seeds: dict[int, str]  # seed -> state of its point
     num_runs: int
-    numbers: dict[str, Interval | None]  # of table.COLUMNS
+    numbers: dict[str, Interval | None]  # of table.COLUMNS and NUMBERS
     costs: dict[str, Interval | None]  # by axis
     config: dict[str, Any] = dataclasses.field(repr=False)  # no fact, as the runs
     runs: tuple[Run, ...] = dataclasses.field(repr=False)
@@ -82,8 +88,7 @@ def sweep_facts(points: Sequence[Point], name: str) -> dict[str, Any]:
     first, *others = [measures.leaves(point.config) for point in points]
     varying = differing([first, *others])
     few = [name for name in varying if len(varying) <= _VARYING or name == "seed"]
-    judged = [arm for arm in arms if any(_has(run, _JUDGED[0]) for run in arm.runs)]
-    ahead = [arm for arm in arms if any(run.is_near_policy for run in arm.runs)]
+    ahead = [arm for arm in arms if arm.numbers["staleness KL"]]
     scores = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
     return {
         "name": name,
@@ -101,9 +106,10 @@ def sweep_facts(points: Sequence[Point], name: str) -> dict[str, Any]:
         "fronts": {axis: found for axis in AXES if (found := _front(arms, axis))},
         "differences": _differences(arms),
         "curves": {axis: found for axis in AXES if (found := _curves(arms, axis))},
-        "training": _some(arms, _TRAINING, {})["lines"],
-        "judged": _some(judged, _JUDGED, _JUDGED_NUMBERS),
-        "ahead": _some(ahead, _AHEAD, _AHEAD_NUMBERS),
+        "metrics": {
+            name: metric_lines(ahead if name.startswith("staleness/") else arms, name)
+            for name in _METRICS
+        },
         "answers": of_arms([(arm.name, arm.runs) for arm in arms]),
         "points": [_point(point, runs.get(point.workdir), few) for point in points],
         "papers": compare_all(points),
@@ -176,7 +182,8 @@ def interval(values: Iterable[float | None]) -> Interval | None:
 def _ranked(points: Sequence[Point], runs: Mapping[pathlib.Path, Run]) -> list[Arm]:
     """All arms by falling score, those without a finished run last, then the teacher's own."""
     groups = seed_groups(points)
-    names = differing_overrides([group.overrides for group in groups])
+    overrides = [group.overrides for group in groups]
+    names = differing(overrides) if len(groups) > 1 else overrides[0]
     configs = [upgrade(group.points[0].config) for group in groups]
     are_many = len({config["student"]["path"] for config in configs}) > 1
     arms = []
@@ -185,12 +192,13 @@ def _ranked(points: Sequence[Point], runs: Mapping[pathlib.Path, Run]) -> list[A
         arms.append(
             Arm(
                 name="",
-                settings={n: str(group.overrides.get(f, "")) for f, n in names.items()},
+                settings={name: str(group.overrides.get(name, "")) for name in names},
                 slot=REST,
                 is_reference=are_many and config["student"]["path"] == config["teacher"]["path"],
                 seeds={point.config["seed"]: point.status for point in group.points},
                 num_runs=len(done),
-                numbers={name: column_interval(name, done) for name in COLUMNS},
+                numbers={name: column_interval(name, done) for name in COLUMNS}
+                | {name: interval(map(read, done)) for name, read in NUMBERS.items()},
                 costs={axis: interval(measures.spent(run, axis) for run in done) for axis in AXES},
                 config=config,
                 runs=tuple(done),
@@ -207,9 +215,8 @@ def _ranked(points: Sequence[Point], runs: Mapping[pathlib.Path, Run]) -> list[A
 def _coloured(arms: Sequence[Arm]) -> list[Arm]:
     """A colour each; if there are too many arms, only the first, which are the best, have one."""
     names = [arm.name for arm in arms if arm.runs and not arm.is_reference]
-    slots = {name: at for at, name in enumerate(names)}
-    if len(names) > SERIES:
-        slots = {name: at for name, at in slots.items() if at < SERIES - 1}
+    coloured = names if len(names) <= SERIES else names[: SERIES - 1]
+    slots = {name: at for at, name in enumerate(coloured)}
     return [dataclasses.replace(arm, slot=slots.get(arm.name, REST)) for arm in arms]
 
 
@@ -218,18 +225,6 @@ def label(settings: Mapping[str, str]) -> str:
     given = ((name, value) for name, value in settings.items() if value)
     parts = (value if name == "arm" else f"{name} {value}" for name, value in given)
     return ", ".join(parts) or "base"
-
-
-def differing_overrides(overrides: list[dict[str, Any]]) -> dict[str, str]:
-    """The overrides in which arms differ (of one arm: all), each with its short name."""
-    names = differing(overrides) if len(overrides) > 1 else overrides[0]
-    return short_names([*names])
-
-
-def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Settings without their section, where that is unique."""
-    fields = [name.rpartition(".")[2] for name in names]
-    return {n: field if fields.count(field) == 1 else n for n, field in zip(names, fields)}
 
 
 # Cost
@@ -294,7 +289,7 @@ def metric_lines(arms: Sequence[Arm], name: str) -> dict[str, Line]:
     """A line per arm that has the metric: each run smoothed, then their mean over seeds."""
     found = {}
     for arm in arms:
-        if runs := [run for run in arm.runs if _has(run, name)]:
+        if runs := [run for run in arm.runs if finite(run.column(name))]:
             length = min(len(run.metrics) for run in runs)
             kept = slice(0, length, math.ceil(length / _LINE_LENGTH))
             columns = [
@@ -303,23 +298,6 @@ def metric_lines(arms: Sequence[Arm], name: str) -> dict[str, Line]:
             values, steps = map(interval, zip(*columns)), measures.steps_of(runs[0])[kept]
             found[arm.name] = _band(steps, values, arm.slot, has_markers=False)
     return found
-
-
-def _has(run: Run, metric: str) -> bool:
-    return any(value is not None for value in run.column(metric))
-
-
-def _some(arms: Sequence[Arm], metrics: Sequence[str], numbers: Readings) -> dict[str, Any]:
-    """Some arms with colours of their own: lines of metrics, and numbers by arm."""
-    arms = _coloured(arms)
-    return {
-        "arms": arms,
-        "lines": {metric: metric_lines(arms, metric) for metric in metrics},
-        "numbers": {
-            arm.name: {name: interval(map(read, arm.runs)) for name, read in numbers.items()}
-            for arm in arms
-        },
-    }
 
 
 def _api(run: Run, share: int, *kinds: str) -> float | None:
@@ -338,12 +316,12 @@ def _api(run: Run, share: int, *kinds: str) -> float | None:
 
 def _point(point: Point, run: Run | None, names: Sequence[str]) -> dict[str, Any]:
     """A point and the result of its run."""
-    settings, short = measures.leaves(point.config), short_names(names)
+    settings = measures.leaves(point.config)
     after = ((run and run.result) or {}).get("eval_after", {})
     return {
         "id": point.id,
         "state": point.status,
-        "settings": {short[name]: shown(settings.get(name)) for name in names},
+        "settings": {name: shown(settings.get(name)) for name in names},
         "failure": measures.failure_texts(point.failure or {}) if point.status == "failed" else {},
         "step": run.metrics[-1]["step"] if run and run.metrics else 0,
         "num_steps": run.planned_steps if run else 0,

@@ -7,12 +7,12 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from opdjax.report.measures import SCORES
 from opdjax.report.papers.compare import Cell, Comparison, Interval, Verdict, compare, finite
-from opdjax.report.papers.tables import PaperColumn, paper_named, paper_tables
+from opdjax.report.papers.tables import paper_named, paper_tables
 from opdjax.runs.results import (
     Point,
     Run,
@@ -26,7 +26,6 @@ from opdjax.runs.statistics import NO_RIGHT_ANSWER, rule_of_three, score_label, 
 from opdjax.runs.workdir import WorkdirError, read_run_config
 
 Format = Literal["markdown", "json"]
-
 # The numbers of a run that a row shows; a column that no run has is left out.
 COLUMNS: dict[str, Callable[[Run], float | None]] = {
     "avg@k": lambda run: run.score("avg@k"),
@@ -40,6 +39,20 @@ COLUMNS: dict[str, Callable[[Run], float | None]] = {
     "seconds": lambda run: run.seconds,
 }
 _CLAIMS = ["claim", "of", "column", "compared", "left - right, by seed", "n", "verdict"]
+_SEEDS = (
+    "± is half a 95 % interval over seeds (Student's t), or over prompts where every seed's share "
+    "is 0 or 1. Runs of one row answer the same prompts, so it does not include the variance over "
+    "prompts."
+)
+_KL = (
+    "KL is exact, except for opd and for vopd with a top-k baseline, where it is the mean "
+    "log-ratio of the sampled tokens."
+)
+_NOTES = [
+    "± is half a 95 % interval over n seeds (Student's t). A claim is reproduced if the whole "
+    "interval is on its side, contradicted if none of it is, else inconclusive.",
+    "config: a digest of all settings but the seed; cells with one digest come from the same runs.",
+]
 SIDES = (
     "Reproduced: the whole 95 % interval of the paired difference over seeds is on the claim's "
     "side. Contradicted: none of it is."
@@ -59,15 +72,11 @@ def _seed_of(id: str) -> str:
     return found[1] if found else id
 
 
-def _commits(points: Sequence[Point]) -> list[str]:
-    done = [point.workdir for point in points if point.status == "done"]
-    return sorted({str(read_run_config(each)["environment"].get("commit"))[:12] for each in done})
-
-
 def _done(points: Sequence[Point]) -> str:
-    num_done = sum(point.status == "done" for point in points)
-    commits = ", ".join(_commits(points)) or "none"
-    return f"{num_done} of {len(points)} points done; commit {commits}."
+    done = [point.workdir for point in points if point.status == "done"]
+    commits = {str(read_run_config(each)["environment"].get("commit"))[:12] for each in done}
+    named = ", ".join(sorted(commits)) or "none"
+    return f"{len(done)} of {len(points)} points done; commit {named}."
 
 
 # A sweep
@@ -90,9 +99,8 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
     kinds = {tuple(point.config["evaluation"][name] for name in fields) for point in points}
     every_k = {k for _, k, _ in kinds}
     k = every_k.pop() if len(every_k) == 1 else None
-    cell = lambda found: " ± ".join(
-        f"{each:.{3 if abs(each) < 100 else 0}f}" for each in found if each is not None
-    )
+    fixed = lambda value: f"{value:.{3 if abs(value) < 100 else 0}f}"
+    cell = lambda found: " ± ".join(fixed(each) for each in found if each is not None)
     lines = [
         [
             *(str(row["overrides"].get(name, "")) for name in names),
@@ -103,29 +111,13 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
         for row in rows
     ]
     header = [*names, *(score_label(name, k) for name in columns), "n", "missing"]
-    notes = [
-        "± is half a 95 % interval over seeds (Student's t), or over prompts where every seed's "
-        "share is 0 or 1. Runs of one row answer the same prompts, so it does not include the "
-        "variance over prompts."
-    ]
-    if "staleness KL" in columns:
-        notes.append(
-            "Staleness KL: KL(student || behaviour) of the tokens trained on, last 10 steps. "
-            "Keep rate: mean over all steps."
-        )
-    graded = (*SCORES, "gain in avg@k")
+    notes, graded = [_SEEDS], (*SCORES, "gain in avg@k")
     scores = [row["values"][name][0] for row in rows for name in graded if name in row["values"]]
     if scores and not any(scores):
         notes.append(NO_RIGHT_ANSWER)
     if columns:
         asked = (f"{of}: k = {k}, at most {n} prompts" for of, k, n in sorted(kinds, key=str))
-        notes += [
-            "KL is exact, except for opd and for vopd with a top-k baseline, where it is the mean "
-            "log-ratio of the sampled tokens.",
-            f"{'; '.join(asked)}. {_done(points)}",
-        ]
-    if len(_commits(points)) > 1:
-        notes.append("The runs of this table are of several commits.")
+        notes += [_KL, f"{'; '.join(asked)}. {_done(points)}"]
     return "\n".join([markdown(header, lines), "", *notes])
 
 
@@ -158,9 +150,7 @@ def column_interval(name: str, runs: Sequence[Run]) -> tuple[float, float] | Non
 
 def list_of_papers() -> str:
     """A line per table of a paper: name, title and paper."""
-    tables = paper_tables()
-    width = max(map(len, tables))
-    return "\n".join(f"{name:{width}}  {of.title} ({of.paper})" for name, of in tables.items())
+    return "\n".join(f"{name:22}{of.title} ({of.paper})" for name, of in paper_tables().items())
 
 
 def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown") -> str:
@@ -213,57 +203,37 @@ def notes(found: Comparison) -> list[str]:
     """What a reader of a table must know: the paper's notes, sources, intervals."""
     sources = ", ".join(f"[{mark}] {text}" for mark, text in found.marks.items())
     lines = [*found.table.notes, f"Source of a paper's number: {sources}."]
-    if found.is_run:
-        lines += [
-            "± is half a 95 % interval over n seeds (Student's t). A claim is reproduced if the "
-            "whole interval is on its side, contradicted if none of it is, else inconclusive.",
-            "config: a digest of all settings but the seed; cells with one digest come from the "
-            "same runs.",
-        ]
-    return lines
+    return lines + _NOTES if found.is_run else lines
 
 
 def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """(header, rows): for each column the paper's number, ours and their difference."""
-    columns, rows = found.columns, [found.cells[row.label] for row in found.table.rows]
+    rows = [found.cells[row.label] for row in found.table.rows]
     texts = {"method": [row.label for row in found.table.rows]}
-    whose = {"paper": _papers, "ours": _ours, "ours - paper": _difference}
-    for column in columns:
-        unit = f", {column.unit}" if column.unit else ""
-        for name, shown in whose.items():
-            written = [shown(row[column.label], column) for row in rows]
-            if any(text is not None for text in written):
-                texts[f"{column.label}{unit}: {name}"] = [text or "" for text in written]
-    pairs = {each.pair for each in columns if any(row[each.label].digest for row in rows)}
+    for column in found.columns:
+        name = f"{column.label}, {column.unit}" if column.unit else column.label
+        for part, shown in _PARTS.items():
+            texts[f"{name}: {part}"] = [shown(row[column.label], column.unit) for row in rows]
+    pairs = {each.pair for each in found.columns for row in rows if row[each.label].digest}
 
-    def by_pair(row: dict[str, Cell], facts_of: Callable[[Cell], Iterable[str]]) -> str:
-        """Facts that the cells of a pair share; with the pair's name if there are several."""
-        facts = {each.pair: ", ".join(facts_of(row[each.label])) for each in columns}
+    def by_pair(row: Mapping[str, Cell], fact_of: Callable[[Cell], str]) -> str:
+        """What the cells of a pair share; with the pair's name if there are several."""
+        facts = {each.pair: fact_of(row[each.label]) for each in found.columns}
         named = lambda pair: f"{pair} " if len(pairs) > 1 else ""
-        return "; ".join(named(pair) + text for pair, text in facts.items() if text)
+        return "; ".join(named(pair) + fact for pair, fact in facts.items() if fact)
 
-    optional = {
-        "missing": [by_pair(row, lambda cell: map(_seed_of, cell.missing)) for row in rows],
-        "config": [by_pair(row, lambda cell: [cell.digest or ""]) for row in rows],
-        "note": [row.note for row in found.table.rows],
-    }
-    texts |= {name: each for name, each in optional.items() if any(each)}
-    return list(texts), [list(row) for row in zip(*texts.values())]
-
-
-def _papers(cell: Cell, _: PaperColumn) -> str | None:
-    return f"{cell.paper.number:g} [{cell.paper.mark}]" if cell.paper else None
+    missing = lambda cell: ", ".join(map(_seed_of, cell.missing))
+    texts["missing"] = [by_pair(row, missing) for row in rows]
+    texts["config"] = [by_pair(row, lambda cell: cell.digest or "") for row in rows]
+    texts["note"] = [row.note for row in found.table.rows]
+    filled = {name: each for name, each in texts.items() if any(each)}
+    return list(filled), [list(row) for row in zip(*filled.values())]
 
 
-def _difference(cell: Cell, _: PaperColumn) -> str | None:
-    return None if cell.difference is None else f"{cell.difference:+.2f}"
-
-
-def _ours(cell: Cell, column: PaperColumn) -> str | None:
-    """None: the sweep has no such point."""
+def _ours(cell: Cell, unit: str) -> str:
     if cell.ours is None:
-        return "not run" if cell.missing else "-" if cell.digest else None
-    shown, n = _significant(cell.ours, column.unit), f"n={len(cell.by_seed)}"
+        return "not run" if cell.missing else "-" if cell.digest else ""
+    shown, n = _significant(cell.ours, unit), f"n={len(cell.by_seed)}"
     return f"≥ {shown} ({n}, {len(cell.censored)} never)" if cell.censored else f"{shown} ({n})"
 
 
@@ -273,6 +243,13 @@ def _significant(found: Interval | None, unit: str = "") -> str:
     mean = abs(found[0])
     digits = 0 if mean >= 100 else 2 if unit == "%" or mean >= 10 else 3
     return " ± ".join(f"{each:.{digits}f}" for each in found if each is not None)
+
+
+_PARTS: dict[str, Callable[[Cell, str], str]] = {
+    "paper": lambda cell, _: f"{cell.paper.number:g} [{cell.paper.mark}]" if cell.paper else "",
+    "ours": _ours,
+    "ours - paper": lambda cell, _: "" if cell.difference is None else f"{cell.difference:+.2f}",
+}
 
 
 def claims(found: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:

@@ -14,7 +14,6 @@ from opdjax.config.saved import upgrade
 from opdjax.config.validation import differences
 from opdjax.report.papers.tables import (
     MARKS,
-    READS,
     PaperClaim,
     PaperColumn,
     PaperTable,
@@ -29,6 +28,7 @@ from opdjax.runs.workdir import WorkdirError
 Status = Literal["reproduced", "contradicted", "inconclusive", "not run"]
 Interval = tuple[float, float | None]  # mean and half of its 95 % interval; None: one seed
 Bounds = tuple[float | None, float | None]  # None: no bound
+Cells = Mapping[str, Mapping[str, "Cell"]]  # by labels of row and column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +45,6 @@ class Cell:
     digest: str | None = None  # of the config without the seed; None: the sweep has no such point
     # Seeds that never reached the target of PaperColumn.until; their value is all that they spent.
     censored: tuple[int, ...] = ()
-
-
-Cells = Mapping[str, Mapping[str, Cell]]  # by row label and column label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +90,8 @@ def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
     point, or if rows of one column were evaluated on different prompts or in different ways.
     """
     reading, available = functools.cache(read_run), seed_groups(points)
-    found: _Found = {
-        (row.label, column.label): _find(row, column, available, reading)
-        for row in table.rows
-        for column in table.columns
-    }
+    places = [(row, column) for row in table.rows for column in table.columns]
+    found = {(row.label, of.label): _find(row, of, available, reading) for row, of in places}
     cells = {
         row.label: {
             column.label: _cell(row, column, row.value(i), found)
@@ -105,9 +99,11 @@ def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
         }
         for row in table.rows
     }
-    flat = [(label, cell) for row in cells.values() for label, cell in row.items()]
-    filled = {label for label, cell in flat if cell.paper or cell.digest}
-    marks = {each.mark for each in (*(cell.paper for _, cell in flat), *table.claims) if each}
+    filled = {
+        label for row in cells.values() for label, cell in row.items() if cell.paper or cell.digest
+    }
+    marks = {claim.mark for claim in table.claims}
+    marks |= {cell.paper.mark for row in cells.values() for cell in row.values() if cell.paper}
     return Comparison(
         table,
         tuple(column for column in table.columns if column.label in filled),
@@ -178,7 +174,8 @@ def reader(read: str, when: Literal["after", "before"] = "after") -> Callable[[R
         "last": lambda run: run.last_mean(name),
     }
     if kind not in readers:
-        raise ValueError(f"a column reads {read!r}; expected {READS}")
+        expected = "a score (avg@k:NAME), seconds, median:METRIC or last:METRIC"
+        raise ValueError(f"a column reads {read!r}; expected {expected}")
     return readers[kind if when == "after" else ""]
 
 

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 from typing import Literal
 
 import yaml
@@ -37,9 +36,6 @@ MARKS = {
     "I": "inferred",
 }
 _SCALES = {"%": 100.0, "h": 1 / 3600}  # from a run's number to the unit
-READS = "a score (avg@k:NAME), seconds, median:METRIC or last:METRIC"
-_READ = re.compile(r"((avg@k|pass@k|greedy)(:.+)?|(median|last):.+|seconds)?")
-_VALUE = re.compile(rf"-?\d+(\.\d+)? [{''.join(MARKS)}]")
 
 
 @dataclasses.dataclass(frozen=True)
