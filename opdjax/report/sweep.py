@@ -15,18 +15,10 @@ from typing import Any
 
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import ConfigError
-from opdjax.report import measures
+from opdjax.report import drawing, measures
 from opdjax.report.against import differing, settings_of
 from opdjax.report.answers import of_arms
-from opdjax.report.drawing import (
-    REST,
-    SERIES,
-    Line,
-    finite,
-    interval_line,
-    smooth,
-    smoothing_window,
-)
+from opdjax.report.drawing import REST, SERIES, Line
 from opdjax.report.papers.compare import compare_all
 from opdjax.report.table import COLUMNS, column_interval
 from opdjax.report.text import fixed, shown
@@ -149,28 +141,18 @@ def _notices(finished: Sequence[Run], runs: Sequence[Run]) -> list[str]:
         for run in finished:  # a run without a teacher has no digest of one
             digests[repr(run.config.get(part))] |= {run.data.get(digest)} - {None}
         if any(len(each) > 1 for each in digests.values()):
-            found.append(
-                f"The {digest} digest differs between points with the same {part} settings: "
-                "their files changed in between."
-            )
+            points = f"points with the same {part} settings: their files changed in between"
+            found.append(f"The {digest} digest differs between {points}.")
     # Of the evaluation: what final scores depend on.
-    asked = [upgrade(run.config)["evaluation"] | {"every": 0} for run in finished]
-    if differing(asked):
-        found.append(
-            "The points were evaluated with different settings: compare scores only where these "
-            "are the same."
-        )
+    if differing([upgrade(run.config)["evaluation"] | {"every": 0} for run in finished]):
+        found.append("The points were evaluated with different settings: not all scores compare.")
     names = ("opdjax", "commit", "jax")
-    versions = differing([{name: run.environment.get(name) for name in names} for run in finished])
-    if versions:
-        found.append(f"The points were run under different versions ({', '.join(versions)}).")
+    if changed := differing([{n: run.environment.get(n) for n in names} for run in finished]):
+        found.append(f"The points were run under different versions ({', '.join(changed)}).")
     evaluations = [row for run in runs for row in run.evaluations]
     if evaluations and not has_right_answer(evaluations):
         found.append(f"{NO_RIGHT_ANSWER.capitalize()}.")
     return found
-
-
-# Arms
 
 
 def interval(values: Iterable[float | None]) -> Interval | None:
@@ -204,20 +186,20 @@ def _ranked(points: Sequence[Point], runs: Mapping[pathlib.Path, Run]) -> list[A
                 runs=tuple(done),
             )
         )
-    arms.sort(key=lambda arm: (arm.is_reference, -(arm.score or (-math.inf,))[0]))
+    rank = lambda arm: (arm.is_reference, not arm.runs, -(arm.score or (-math.inf,))[0])
+    arms.sort(key=rank)
     labels = [label(arm.settings) for arm in arms]
-    named = [
-        f"{name} ({at})" if labels.count(name) > 1 else name for at, name in enumerate(labels, 1)
+    # Where there are too many arms, only the first, which are the best, have a colour.
+    num_drawn = sum(bool(arm.runs) and not arm.is_reference for arm in arms)
+    num_coloured = num_drawn if num_drawn <= SERIES else SERIES - 1
+    return [
+        dataclasses.replace(
+            arm,
+            name=f"{name} ({at + 1})" if labels.count(name) > 1 else name,
+            slot=at if at < num_coloured else REST,
+        )
+        for at, (arm, name) in enumerate(zip(arms, labels))
     ]
-    return _coloured([dataclasses.replace(arm, name=name) for arm, name in zip(arms, named)])
-
-
-def _coloured(arms: Sequence[Arm]) -> list[Arm]:
-    """A colour each; if there are too many arms, only the first, which are the best, have one."""
-    names = [arm.name for arm in arms if arm.runs and not arm.is_reference]
-    coloured = names if len(names) <= SERIES else names[: SERIES - 1]
-    slots = {name: at for at, name in enumerate(coloured)}
-    return [dataclasses.replace(arm, slot=slots.get(arm.name, REST)) for arm in arms]
 
 
 def label(settings: Mapping[str, str]) -> str:
@@ -225,9 +207,6 @@ def label(settings: Mapping[str, str]) -> str:
     given = ((name, value) for name, value in settings.items() if value)
     parts = (value if name == "arm" else f"{name} {value}" for name, value in given)
     return ", ".join(parts) or "base"
-
-
-# Cost
 
 
 def _front(arms: Sequence[Arm], axis: str) -> tuple[str, ...]:
@@ -253,12 +232,9 @@ def _differences(arms: Sequence[Arm]) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-# Lines
-
-
 def _band(x: Iterable[float], values: Iterable[Interval | None], slot: int, **style: Any) -> Line:
     means, halves = zip(*(value or (None, None) for value in values))
-    return interval_line([*x], means, halves, slot=slot, **style)
+    return drawing.interval_line([*x], means, halves, slot=slot, **style)
 
 
 def _curves(arms: Sequence[Arm], axis: str) -> dict[str, Lines]:
@@ -289,12 +265,11 @@ def metric_lines(arms: Sequence[Arm], name: str) -> dict[str, Line]:
     """A line per arm that has the metric: each run smoothed, then their mean over seeds."""
     found = {}
     for arm in arms:
-        if runs := [run for run in arm.runs if finite(run.column(name))]:
+        if runs := [run for run in arm.runs if drawing.finite(run.column(name))]:
             length = min(len(run.metrics) for run in runs)
             kept = slice(0, length, math.ceil(length / _LINE_LENGTH))
-            columns = [
-                smooth(run.column(name), smoothing_window(len(run.metrics)))[kept] for run in runs
-            ]
+            window = lambda run: drawing.smoothing_window(len(run.metrics))
+            columns = [drawing.smooth(run.column(name), window(run))[kept] for run in runs]
             values, steps = map(interval, zip(*columns)), measures.steps_of(runs[0])[kept]
             found[arm.name] = _band(steps, values, arm.slot, has_markers=False)
     return found
@@ -309,9 +284,6 @@ def _api(run: Run, share: int, *kinds: str) -> float | None:
         if name.startswith("api/") and name.rpartition("/")[2] in kinds
     ]
     return math.fsum(filter(is_number, found)) / share if found else None
-
-
-# Points
 
 
 def _point(point: Point, run: Run | None, names: Sequence[str]) -> dict[str, Any]:

@@ -79,9 +79,6 @@ def _done(points: Sequence[Point]) -> str:
     return f"{len(done)} of {len(points)} points done; commit {named}."
 
 
-# A sweep
-
-
 def table(directory: pathlib.Path, format: Format = "markdown") -> str:
     """The sweep in `directory`, a row per setting.
 
@@ -143,9 +140,6 @@ def column_interval(name: str, runs: Sequence[Run]) -> tuple[float, float] | Non
         counts = (run.result["eval_after"].get("num_prompts", 0) for run in runs if run.result)
         half = rule_of_three(min(counts))
     return mean, half
-
-
-# Papers
 
 
 def list_of_papers() -> str:

@@ -133,9 +133,6 @@ def _find(
     return fitting[0], dict(sorted(runs.items()))
 
 
-# Cells
-
-
 def _cell(row: Row, column: PaperColumn, paper: Value | None, found: _Found) -> Cell:
     own, censored = found[row.label, column.label], []
     if own is None:
@@ -201,9 +198,6 @@ def finite(mean: float, half: float) -> Interval:
     return mean, half if math.isfinite(half) else None
 
 
-# Caveats
-
-
 def _flags(table: PaperTable, found: _Found) -> Iterator[str]:
     """Caveats on comparing the rows of a column; WorkdirError if they do not compare."""
     for column in table.columns:
@@ -244,9 +238,6 @@ def _pair_flags(
     machines = [{name: run.environment.get(name) for name in machine} for run in (one, two)]
     if column.is_timed and (changed := differences(*machines)):
         yield f"{names} ran on other machines, which affects seconds: {'; '.join(changed)}"
-
-
-# Verdicts
 
 
 def _verdicts(claim: PaperClaim, table: PaperTable, cells: Cells) -> list[Verdict]:
