@@ -44,6 +44,10 @@ _SEEDS = (
     "is 0 or 1. Runs of one row answer the same prompts, so it does not include the variance over "
     "prompts."
 )
+_STALENESS = (
+    "Staleness KL: KL(student || behaviour) of the tokens trained on, last 10 steps. Keep rate: "
+    "mean over all steps."
+)
 _KL = (
     "KL is exact, except for opd and for vopd with a top-k baseline, where it is the mean "
     "log-ratio of the sampled tokens."
@@ -108,7 +112,8 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
         for row in rows
     ]
     header = [*names, *(score_label(name, k) for name in columns), "n", "missing"]
-    notes, graded = [_SEEDS], (*SCORES, "gain in avg@k")
+    notes = [_SEEDS, _STALENESS] if "staleness KL" in columns else [_SEEDS]
+    graded = (*SCORES, "gain in avg@k")
     scores = [row["values"][name][0] for row in rows for name in graded if name in row["values"]]
     if scores and not any(scores):
         notes.append(NO_RIGHT_ANSWER)
