@@ -106,7 +106,7 @@ def table(
     directory: Positional[pathlib.Path | None] = None,
     paper: str | None = None,
     papers: bool = False,
-    format: Literal["markdown", "latex", "csv", "json"] = "markdown",
+    format: Literal["markdown", "json"] = "markdown",
     output: pathlib.Path | None = None,
 ):
     """Print a sweep's or a paper's table.
@@ -143,10 +143,9 @@ def table(
         print(f"wrote {as_given(output)}")
 
 
-@command("DIR [--paper NAME | --against RUN] [--json]")
+@command("DIR [--against RUN] [--json]")
 def report(
     directory: Positional[pathlib.Path],
-    paper: str | None = None,
     against: pathlib.Path | None = None,
     json: bool = False,
     output: pathlib.Path | None = None,
@@ -155,22 +154,16 @@ def report(
 
     Args:
         directory: Directory of a run (finished or not), a sweep or an audit.
-        paper: For a sweep, only the points of this table of a paper, such as vopd_table1.
         against: Another run, to compare config, data, environment and scores.
         json: Write the facts of the page (its numbers and texts) as JSON instead.
-        output: File to write; None is report.html, report-PAPER.html or against-RUN.html in the
-            directory.
+        output: File to write; None is report.html or against-RUN.html in the directory.
     """
-    from opdjax.cli.grade_samples import grade_sample
     from opdjax.report.page import page_name, write_report
 
-    if paper is not None and against is not None:
-        raise ConfigError("--paper is for a sweep and --against for a run; expected one of them")
-    output = output or directory / page_name(paper, against, as_json=json)
+    output = output or directory / page_name(against, as_json=json)
     with contextlib.ExitStack() as stack:
         mirror = stack.enter_context(read_only_workdir(directory))
         other = against and stack.enter_context(read_only_workdir(against)).directory
         file = stack.enter_context(open_output(output))
-        options = {"paper": paper, "against": other, "as_json": json}
-        write_report(mirror.directory, file, mark=grade_sample, **options)
+        write_report(mirror.directory, file, against=other, as_json=json)
     print(f"wrote {as_given(output)}")

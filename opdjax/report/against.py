@@ -19,28 +19,26 @@ def against_facts(run: Run, other: Run, names: tuple[str, str]) -> dict[str, Any
     runs = run, other
     digests = [each.data.get("evaluation") for each in runs]
     is_paired = digests[0] == digests[1]
-    scores = [_score(runs, *which, is_paired=is_paired) for which in _SCORES]
+    unfinished = [each.workdir.name for each in runs if each.result is None]
+    notices = [f"{name} is not finished: it has no final scores." for name in unfinished]
+    if without := [each.workdir.name for each in runs if each.data.get("evaluation") is None]:
+        names_ = " and ".join(without)
+        notices.append(f"{names_} had no evaluation: there are no scores to compare.")
+    elif not is_paired:
+        notices.append("They were evaluated on different prompts: their scores do not compare.")
     spent = {axis: [measures.spent(each, axis) for each in runs] for axis in AXES}
     parts = {
         "settings": [settings_of(each.config) for each in runs],
         "data": [each.data for each in runs],
         "environment": [each.environment for each in runs],
     }
-    differences = {part: differing(each) for part, each in parts.items()}
-    num_fields = {part: len(one.keys() | two.keys()) for part, (one, two) in parts.items()}
     return {
         "names": names,
         "seeds": [each.config["seed"] for each in runs],
-        "unfinished": [each.workdir.name for each in runs if each.result is None],
-        "without_evaluation": [
-            each.workdir.name for each, digest in zip(runs, digests) if digest is None
-        ],
-        "has_same_prompts": is_paired,  # in the evaluations
-        "scores": [s for s in scores if any(is_number(value) for value, _ in s["values"])],
+        "notices": notices,
+        "scores": _scores(runs, is_paired=is_paired),
         "costs": {axis: each for axis, each in spent.items() if all(map(is_number, each))},
-        "differences": differences,  # by part and field
-        # Fields that are the same, by part.
-        "num_same": {part: num_fields[part] - len(own) for part, own in differences.items()},
+        "differences": {part: differing(each) for part, each in parts.items()},  # by field
     }
 
 
@@ -58,18 +56,19 @@ def differing(each: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
     return {name: values for name, values in found.items() if len({*map(json.dumps, values)}) > 1}
 
 
-_SCORES = [(name, moment) for moment in ("before", "after") for name in measures.SCORES]
-
-
-def _score(runs: Sequence[Run], name: str, moment: str, *, is_paired: bool) -> dict[str, Any]:
-    """A score of both runs, each with half its 95 % interval over prompts, and the first minus the
-    second, paired by prompt.
+def _scores(runs: Sequence[Run], *, is_paired: bool) -> dict[str, list[tuple[Any, ...]]]:
+    """By score: that of both runs, each with half its 95 % interval over prompts, and the first
+    minus the second, paired by prompt, if they can be.
     """
-    one, two = ((each.result or {}).get(f"eval_{moment}", {}) for each in runs)
-    values = [(row.get(name), row.get(f"{name}_interval")) for row in (one, two)]
-    hits = [row.get(_HITS.get(name, "")) or [] for row in (one, two)]
-    difference = None
-    if is_paired and one.get("n") == two.get("n") and len(hits[0]) == len(hits[1]) > 0:
-        trials = one["n"] if name == "avg@k" else 1
-        difference = seed_interval([(first - second) / trials for first, second in zip(*hits)])
-    return {"name": name, "moment": moment, "values": values, "difference": difference}
+    found = {}
+    for moment in ("before", "after"):
+        both = [(each.result or {}).get(f"eval_{moment}", {}) for each in runs]
+        for name in measures.SCORES:
+            values = [(row.get(name), row.get(f"{name}_interval")) for row in both]
+            one, two = (row.get(_HITS.get(name)) or [] for row in both)
+            if is_paired and both[0].get("n") == both[1].get("n") and len(one) == len(two) > 0:
+                trials = both[0]["n"] if name == "avg@k" else 1
+                values.append(seed_interval([(a - b) / trials for a, b in zip(one, two)]))
+            if any(is_number(value) for value, _ in values):
+                found[f"{name} {moment} training"] = values
+    return found

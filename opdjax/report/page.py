@@ -10,15 +10,13 @@ import pathlib
 from typing import Any
 
 from opdjax.config import rubrics
-from opdjax.report import audit, judged, judgements, measures, near_policy, run, timeline
+from opdjax.report import audit, judged, judgements, measures, near_policy, run, table, timeline
 from opdjax.report.against import against_facts
-from opdjax.report.answers import Marker, unmarked
 from opdjax.report.audit import audit_facts
 from opdjax.report.drawing import require_matplotlib
 from opdjax.report.render import exported, facts_as_json, render
 from opdjax.report.run import run_facts
 from opdjax.report.sweep import sweep_facts
-from opdjax.report.table import cells, claimed
 from opdjax.runs import statistics
 from opdjax.runs.results import FAILURE, is_sweep, read_points, read_run
 from opdjax.runs.workdir import WorkdirError, read_json
@@ -29,7 +27,7 @@ _CONTEXTS: dict[str, dict[str, Any]] = {
     "against": {},
     "audit": exported(audit),
     "run": exported(measures, judgements, near_policy, timeline, judged, run, statistics, rubrics),
-    "sweep": {"cells": cells, "claimed": claimed} | exported(statistics),
+    "sweep": exported(table, statistics),
 }
 
 
@@ -37,22 +35,19 @@ def write_report(
     directory: pathlib.Path,
     output: pathlib.Path | None = None,
     *,
-    paper: str | None = None,
     against: pathlib.Path | None = None,
-    mark: Marker = unmarked,
     as_json: bool = False,
 ) -> pathlib.Path:
     """Write the page of a run, sweep or audit and return its path (default: in the directory).
 
-    `paper` restricts a sweep to one table of a paper. `against` compares the run with another run.
-    `mark` decides which recorded rollouts are right. With `as_json`, the facts of the page are
-    written instead of it. WorkdirError if the directory is none of the three, or the directory of
-    `output` does not exist; ImportError without matplotlib, which the facts do not need.
+    `against` compares the run with another run. With `as_json`, the facts of the page are written
+    instead of it. WorkdirError if the directory is none of the three, or the directory of `output`
+    does not exist; ImportError without matplotlib, which the facts do not need.
     """
     if not as_json:
         require_matplotlib()
-    output = output or directory / page_name(paper, against, as_json=as_json)
-    kind, facts = _facts(directory, paper, against, mark)
+    output = output or directory / page_name(against, as_json=as_json)
+    kind, facts = _facts(directory, against)
     text = facts_as_json(facts) if as_json else render(f"{kind}.html", facts, **_CONTEXTS[kind])
     if not output.parent.is_dir():
         raise WorkdirError(f"--output {output}: there is no directory {output.parent}")
@@ -60,11 +55,9 @@ def write_report(
     return output
 
 
-def page_name(paper: str | None, against: pathlib.Path | None, *, as_json: bool = False) -> str:
+def page_name(against: pathlib.Path | None, *, as_json: bool = False) -> str:
     """The file name of the page, or of its facts."""
-    name = "report" if paper is None else f"report-{paper}"
-    if against is not None:
-        name = f"against-{against.name or against.resolve().name}"
+    name = "report" if against is None else f"against-{against.name or against.resolve().name}"
     return f"{name}.{'json' if as_json else 'html'}"
 
 
@@ -82,28 +75,22 @@ def write_audit_report(directory: pathlib.Path) -> str:
     return f"wrote {page}"
 
 
-def _facts(
-    directory: pathlib.Path, paper: str | None, against: pathlib.Path | None, mark: Marker
-) -> tuple[str, Any]:
+def _facts(directory: pathlib.Path, against: pathlib.Path | None) -> tuple[str, Any]:
     """(kind of page, its facts)."""
     for each in (directory, against):
         if each is not None and not each.is_dir():
             raise WorkdirError(f"there is no directory {each}")
-    if paper is not None and not is_sweep(directory):
-        raise WorkdirError(
-            f"--paper {paper} restricts the page of a sweep; {directory} holds no points"
-            " (*/point.json)"
-        )
     if against is not None:
-        names = _distinct_names(directory, against)
+        one, two = directory.resolve(), against.resolve()
+        depth = 1 if one.name != two.name else 2
+        names = ["/".join(each.parts[-depth:]) for each in (one, two)]
         return "against", against_facts(read_run(directory), read_run(against), names)
     if is_sweep(directory):
-        name = directory.resolve().name
-        return "sweep", sweep_facts(read_points(directory), name, mark, paper)
+        return "sweep", sweep_facts(read_points(directory), directory.resolve().name)
     if (directory / "config.json").exists():
         file = directory / FAILURE
         failure = json.loads(file.read_text("utf-8")) if file.exists() else None
-        return "run", run_facts(read_run(directory), failure, mark)
+        return "run", run_facts(read_run(directory), failure)
     if (directory / AUDIT).exists():
         return "audit", _audit(directory)
     raise WorkdirError(
@@ -115,10 +102,3 @@ def _facts(
 def _audit(directory: pathlib.Path) -> audit.AuditFacts:
     document = read_json(directory / AUDIT, "run opdjax audit again")
     return audit_facts(document, directory.resolve().name)
-
-
-def _distinct_names(one: pathlib.Path, other: pathlib.Path) -> tuple[str, str]:
-    """Names of two directories; with their parents where the names are equal."""
-    one, other = one.resolve(), other.resolve()
-    depth = 1 if one.name != other.name else 2
-    return "/".join(one.parts[-depth:]), "/".join(other.parts[-depth:])

@@ -11,7 +11,7 @@ from opdjax.config import Config
 from opdjax.config.recipes import Recipe
 from opdjax.config.validation import to_dict
 from opdjax.report import measures
-from opdjax.report.answers import Marker, first_and_last, unmarked
+from opdjax.report.answers import first_and_last
 from opdjax.report.drawing import finite, smooth, smoothing_window
 from opdjax.report.judged import cost_facts, judged_facts
 from opdjax.report.near_policy import filter_facts, staleness_facts
@@ -24,9 +24,7 @@ from opdjax.runs.statistics import has_right_answer
 _STEPS, _ROLLOUTS, MAX_TOKENS = 5, 4, 256
 
 
-def run_facts(
-    run: Run, failure: Mapping[str, Any] | None = None, mark: Marker = unmarked
-) -> dict[str, Any]:
+def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The facts of the run in a work directory; `failure` is the content of failure.json."""
     recipe, rows = measures.recipe_of(run), measures.evaluated(run)
     steps, length = measures.steps_of(run), measures.end_length(len(run.metrics))
@@ -72,7 +70,7 @@ def run_facts(
         "spent": _spent(run, [row["step"] for row in rows]),  # up to each evaluation, by axis
         "positions": _positions(run, length),  # (early, late) KL by position
         "rollouts": _rollouts(run),
-        "answers": first_and_last(run, mark),
+        "answers": first_and_last(run),
         "staleness": staleness_facts(run),
         "filtering": filter_facts(run),
         "timeline": timeline_facts(run),

@@ -1,24 +1,18 @@
-"""Tables of a sweep and of papers as Markdown and LaTeX for readers, CSV and JSON for programs. No
-jax.
-"""
+"""Tables of a sweep and of papers: Markdown for readers, JSON for programs. No jax."""
 
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
-import io
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import jinja2
-
 from opdjax.report.measures import SCORES
-from opdjax.report.papers.compare import Cell, Comparison, Interval, Part, Verdict, compare, finite
-from opdjax.report.papers.tables import PaperColumn, paper_named, paper_tables
+from opdjax.report.papers.compare import Cell, Comparison, Interval, Verdict, compare, finite
+from opdjax.report.papers.tables import paper_named, paper_tables
 from opdjax.runs.results import (
     Point,
     Run,
@@ -31,8 +25,7 @@ from opdjax.runs.results import (
 from opdjax.runs.statistics import NO_RIGHT_ANSWER, rule_of_three, score_label, seed_interval
 from opdjax.runs.workdir import WorkdirError, read_run_config
 
-Format = Literal["markdown", "latex", "csv", "json"]
-
+Format = Literal["markdown", "json"]
 # The numbers of a run that a row shows; a column that no run has is left out.
 COLUMNS: dict[str, Callable[[Run], float | None]] = {
     "avg@k": lambda run: run.score("avg@k"),
@@ -45,14 +38,29 @@ COLUMNS: dict[str, Callable[[Run], float | None]] = {
     "keep rate": lambda run: run.keep_rate,
     "seconds": lambda run: run.seconds,
 }
-_LATEX = str.maketrans(
-    {character: f"\\{character}" for character in "{}$&#_%"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
-    | {"±": r"$\pm$", "≥": r"$\geq$"}
+_CLAIMS = ["claim", "of", "column", "compared", "left - right, by seed", "n", "verdict"]
+_SEEDS = (
+    "± is half a 95 % interval over seeds (Student's t), or over prompts where every seed's share "
+    "is 0 or 1. Runs of one row answer the same prompts, so it does not include the variance over "
+    "prompts."
 )
-_NONE = None, None
-_CSV = "kind,name,column,unit,paper,mark,ours,half interval,n,difference,missing,config,verdict"
+_STALENESS = (
+    "Staleness KL: KL(student || behaviour) of the tokens trained on, last 10 steps. Keep rate: "
+    "mean over all steps."
+)
+_KL = (
+    "KL is exact, except for opd and for vopd with a top-k baseline, where it is the mean "
+    "log-ratio of the sampled tokens."
+)
+_NOTES = [
+    "± is half a 95 % interval over n seeds (Student's t). A claim is reproduced if the whole "
+    "interval is on its side, contradicted if none of it is, else inconclusive.",
+    "config: a digest of all settings but the seed; cells with one digest come from the same runs.",
+]
+SIDES = (
+    "Reproduced: the whole 95 % interval of the paired difference over seeds is on the claim's "
+    "side. Contradicted: none of it is."
+)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -62,46 +70,17 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
 
 
-def latex(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A booktabs tabular; characters that are special to TeX are escaped inside cells."""
-    text = lambda cell: str(cell).translate(_LATEX).replace("\n", " ")
-    line = lambda cells: " & ".join(map(text, cells)) + r" \\"
-    begin = rf"\begin{{tabular}}{{{'l' * len(header)}}}"
-    head = [begin, r"\toprule", line(header), r"\midrule"]
-    return "\n".join([*head, *map(line, rows), r"\bottomrule", r"\end{tabular}"])
-
-
-def _comma_separated(rows: Iterable[Sequence[Any]]) -> str:
-    """CSV with numbers in full precision; None is an empty field."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue().rstrip("\n")
-
-
-def seed_of(id: str) -> str:
+def _seed_of(id: str) -> str:
     """The `seed=N` of a point's id; the id if it has none."""
     found = re.search(r"(?:^|,)(seed=\d+)", id)
     return found[1] if found else id
 
 
-def _rendered(name: str, format: Format, **facts: Any) -> str:
-    """A text template of `assets/report/tables`, filled in."""
-    loader = jinja2.PackageLoader("opdjax", "assets/report/tables")
-    environment = jinja2.Environment(
-        loader=loader, trim_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    tools = {"markdown": markdown, "latex": latex, "cells": cells, "claims": _claims}
-    kind = {"markdown": "md", "latex": "tex"}[format]
-    template = environment.get_template(f"{name}.{kind}.jinja")
-    return template.render(tools | facts, commits=_commits).rstrip("\n")
-
-
-def _commits(points: Sequence[Point]) -> list[str]:
+def _done(points: Sequence[Point]) -> str:
     done = [point.workdir for point in points if point.status == "done"]
-    return sorted({str(read_run_config(each)["environment"].get("commit"))[:12] for each in done})
-
-
-# A sweep
+    commits = {str(read_run_config(each)["environment"].get("commit"))[:12] for each in done}
+    named = ", ".join(sorted(commits)) or "none"
+    return f"{len(done)} of {len(points)} points done; commit {named}."
 
 
 def table(directory: pathlib.Path, format: Format = "markdown") -> str:
@@ -117,34 +96,31 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
         return json.dumps(rows, indent=1)
     names = list(dict.fromkeys(name for row in rows for name in row["overrides"]))
     columns = [name for name in COLUMNS if any(name in row["values"] for row in rows)]
-    is_csv = format == "csv"
-    fixed = lambda value: f"{value:.{3 if abs(value) < 100 else 0}f}"
-    joined = lambda found: " ± ".join(fixed(each) for each in found if each is not None)
-    parts = lambda name: [name, f"{name} half interval"] if is_csv else [name]
-    shown = lambda found: found if is_csv else [joined(found)]
     fields = ("source", "num_samples", "num_prompts")
     kinds = {tuple(point.config["evaluation"][name] for name in fields) for point in points}
     every_k = {k for _, k, _ in kinds}
-    k = every_k.pop() if len(every_k) == 1 and not is_csv else None
-    header = [score_label(part, k) for name in columns for part in parts(name)]
-    header = [*names, *header, "n", "missing"]
+    k = every_k.pop() if len(every_k) == 1 else None
+    fixed = lambda value: f"{value:.{3 if abs(value) < 100 else 0}f}"
+    cell = lambda found: " ± ".join(fixed(each) for each in found if each is not None)
     lines = [
         [
             *(str(row["overrides"].get(name, "")) for name in names),
-            *(number for name in columns for number in shown(row["values"].get(name, _NONE))),
+            *(cell(row["values"].get(name, ())) for name in columns),
             row["n"],
-            " ".join(row["missing"]) if is_csv else ", ".join(map(seed_of, row["missing"])),
+            ", ".join(map(_seed_of, row["missing"])),
         ]
         for row in rows
     ]
-    if is_csv:
-        return _comma_separated([header, *lines])
+    header = [*names, *(score_label(name, k) for name in columns), "n", "missing"]
+    notes = [_SEEDS, _STALENESS] if "staleness KL" in columns else [_SEEDS]
     graded = (*SCORES, "gain in avg@k")
-    scored = [row["values"].get(name, _NONE)[0] for row in rows for name in graded]
-    is_wrong = any(score is not None for score in scored) and not any(scored)
-    facts = {"no_right_answer": NO_RIGHT_ANSWER if is_wrong else ""}
-    facts |= {"points": points, "has_runs": bool(columns), "evaluations": sorted(kinds, key=str)}
-    return _rendered("sweep", format, header=header, rows=lines, **facts)
+    scores = [row["values"][name][0] for row in rows for name in graded if name in row["values"]]
+    if scores and not any(scores):
+        notes.append(NO_RIGHT_ANSWER)
+    if columns:
+        asked = (f"{of}: k = {k}, at most {n} prompts" for of, k, n in sorted(kinds, key=str))
+        notes += [_KL, f"{'; '.join(asked)}. {_done(points)}"]
+    return "\n".join([markdown(header, lines), "", *notes])
 
 
 def _row(group: SeedGroup) -> dict[str, Any]:
@@ -171,14 +147,9 @@ def column_interval(name: str, runs: Sequence[Run]) -> tuple[float, float] | Non
     return mean, half
 
 
-# Papers
-
-
 def list_of_papers() -> str:
     """A line per table of a paper: name, title and paper."""
-    tables = paper_tables()
-    width = max(map(len, tables))
-    return "\n".join(f"{name:{width}}  {of.title} ({of.paper})" for name, of in tables.items())
+    return "\n".join(f"{name:22}{of.title} ({of.paper})" for name, of in paper_tables().items())
 
 
 def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown") -> str:
@@ -188,8 +159,8 @@ def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown")
     ConfigError if no table has the name, WorkdirError if `all` finds no point of any table.
     """
     is_all = name == "all"
-    tables = paper_tables().values() if is_all else [paper_named(name)]
     points = read_points(directory)
+    tables = paper_tables().values() if is_all else [paper_named(name)]
     found = [compare(of, points) for of in tables]
     found = [each for each in found if each.is_run or not is_all]
     if not found:
@@ -199,50 +170,69 @@ def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown")
     if format == "json":
         facts = [dataclasses.asdict(each) for each in found]
         return json.dumps(facts if is_all else facts[0], indent=1)
-    if format == "csv":
-        lines = [[each.table.name, *line] for each in found for line in _csv_lines(each)]
-        lines = [["table", *_CSV.split(",")], *lines]
-        return _comma_separated(lines if is_all else [line[1:] for line in lines])
+    parts = []
+    if is_all:
+        parts = [f"## All {counted(found)}", SIDES, markdown(*claims(found)), _done(points)]
+    for each in found:
+        of = each.table
+        parts += [f"## {of.name}: {of.title}", about(each), markdown(*cells(each))]
+        if each.verdicts:
+            parts += ["The paper's claims, tested on these runs:", markdown(*claims([each]))]
+        caveats = [f"Caveat: {flag}." for flag in each.flags]
+        if not each.is_run:
+            labels = f"it looks for {of.labels}"
+            caveats.append(f"This directory has no point of the table: {labels}.")
+        parts.append("\n".join(f"- {note}" for note in (*caveats, *notes(each))))
+    return "\n\n".join(parts)
+
+
+def counted(found: Sequence[Comparison]) -> str:
+    """The number of claims, and of those with each verdict."""
     statuses = [verdict.status for each in found for verdict in each.verdicts]
     counts = collections.Counter(statuses).most_common()
-    return _rendered("papers", format, found=found, points=points, counts=counts, is_all=is_all)
+    return f"{len(statuses)} claims: {', '.join(f'{count} {status}' for status, count in counts)}"
 
 
-def cells(found: Comparison, columns: Sequence[PaperColumn]) -> tuple[list[str], list[list[str]]]:
+def about(found: Comparison) -> str:
+    """The paper of a table, and what it was measured on."""
+    return f"{found.table.paper}. The paper's settings: {found.table.settings}."
+
+
+def notes(found: Comparison) -> list[str]:
+    """What a reader of a table must know: the paper's notes, sources, intervals."""
+    sources = ", ".join(f"[{mark}] {text}" for mark, text in found.marks.items())
+    lines = [*found.table.notes, f"Source of a paper's number: {sources}."]
+    return lines + _NOTES if found.is_run else lines
+
+
+def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """(header, rows): for each column the paper's number, ours and their difference."""
-    parts, rows = found.parts(columns), found.table.rows
-    texts = {"method": [row.label for row in rows]}
-    for column, part in parts:
-        unit = f", {column.unit}" if column.unit else ""
-        whose = "ours - paper" if part == "difference" else part
-        texts[f"{column.label}{unit}: {whose}"] = [
-            _shown(found.cells[row.label][column.label], column, part) for row in rows
-        ]
-    is_run = {column.pair for column, part in parts if part == "ours"}
+    rows = [found.cells[row.label] for row in found.table.rows]
+    texts = {"method": [row.label for row in found.table.rows]}
+    for column in found.columns:
+        name = f"{column.label}, {column.unit}" if column.unit else column.label
+        for part, shown in _PARTS.items():
+            texts[f"{name}: {part}"] = [shown(row[column.label], column.unit) for row in rows]
+    pairs = {each.pair for each in found.columns for row in rows if row[each.label].digest}
 
-    def by_pair(row: str, facts_of: Callable[[Cell], Iterable[str]]) -> str:
-        """Facts that the cells of a pair share; with the pair's name if there are several."""
-        facts = {each.pair: ", ".join(facts_of(found.cells[row][each.label])) for each in columns}
-        named = lambda pair: f"{pair} " if len(is_run) > 1 else ""
-        return "; ".join(named(pair) + text for pair, text in facts.items() if text)
+    def by_pair(row: Mapping[str, Cell], fact_of: Callable[[Cell], str]) -> str:
+        """What the cells of a pair share; with the pair's name if there are several."""
+        facts = {each.pair: fact_of(row[each.label]) for each in found.columns}
+        named = lambda pair: f"{pair} " if len(pairs) > 1 else ""
+        return "; ".join(named(pair) + fact for pair, fact in facts.items() if fact)
 
-    optional = {
-        "missing": [by_pair(row.label, lambda cell: map(seed_of, cell.missing)) for row in rows],
-        "config": [by_pair(row.label, lambda cell: [cell.digest or ""]) for row in rows],
-        "note": [row.note for row in rows],
-    }
-    texts |= {name: each for name, each in optional.items() if any(each)}
-    return list(texts), [list(row) for row in zip(*texts.values())]
+    missing = lambda cell: ", ".join(map(_seed_of, cell.missing))
+    texts["missing"] = [by_pair(row, missing) for row in rows]
+    texts["config"] = [by_pair(row, lambda cell: cell.digest or "") for row in rows]
+    texts["note"] = [row.note for row in found.table.rows]
+    filled = {name: each for name, each in texts.items() if any(each)}
+    return list(filled), [list(row) for row in zip(*filled.values())]
 
 
-def _shown(cell: Cell, column: PaperColumn, part: Part) -> str:
-    if part == "paper":
-        return f"{cell.paper.number:g} [{cell.paper.mark}]" if cell.paper else ""
-    if part == "difference":
-        return "" if cell.difference is None else f"{cell.difference:+.2f}"
+def _ours(cell: Cell, unit: str) -> str:
     if cell.ours is None:
         return "not run" if cell.missing else "-" if cell.digest else ""
-    shown, n = _significant(cell.ours, column.unit), f"n={len(cell.by_seed)}"
+    shown, n = _significant(cell.ours, unit), f"n={len(cell.by_seed)}"
     return f"≥ {shown} ({n}, {len(cell.censored)} never)" if cell.censored else f"{shown} ({n})"
 
 
@@ -254,16 +244,22 @@ def _significant(found: Interval | None, unit: str = "") -> str:
     return " ± ".join(f"{each:.{digits}f}" for each in found if each is not None)
 
 
-def _claims(found: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
+_PARTS: dict[str, Callable[[Cell, str], str]] = {
+    "paper": lambda cell, _: f"{cell.paper.number:g} [{cell.paper.mark}]" if cell.paper else "",
+    "ours": _ours,
+    "ours - paper": lambda cell, _: "" if cell.difference is None else f"{cell.difference:+.2f}",
+}
+
+
+def claims(found: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
     """(header, rows): a row per verdict, with the name of its table if there are several."""
-    header = ["claim", "of", "column", "compared", "left - right, by seed", "n", "verdict"]
     rows = [
         [
             *([of.table.name] if len(found) > 1 else []),
             f"{each.claim.text} [{each.claim.mark}]",
             f"{each.claim.left}, {each.claim.right}",
             each.column.label,
-            claimed(each),
+            _claimed(each),
             "0 in every seed" if each.difference == (0.0, 0.0) else _significant(each.difference),
             each.n,
             each.status,
@@ -271,11 +267,11 @@ def _claims(found: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
         for of in found
         for each in of.verdicts
     ]
-    return (["table"] if len(found) > 1 else []) + header, rows
+    return (["table"] if len(found) > 1 else []) + _CLAIMS, rows
 
 
-def claimed(verdict: Verdict) -> str:
-    """The claimed range of the difference, such as `above 0`."""
+def _claimed(verdict: Verdict) -> str:
+    """The claimed range of the difference."""
     margin = verdict.claim.margin
     return {
         "more": f"above {margin:g}",
@@ -284,22 +280,3 @@ def claimed(verdict: Verdict) -> str:
         "ratio": f"left / right: at least {margin:g}",
         "gap": f"share of the gap: at least {margin:g}",
     }[verdict.claim.kind]
-
-
-def _csv_lines(found: Comparison) -> Iterator[list[Any]]:
-    """A line per cell, then a line per claim; differences of claims are in a run's own unit."""
-    for row in found.table.rows:
-        for column in found.columns:
-            cell = found.cells[row.label][column.label]
-            n, never = len(cell.by_seed), len(cell.censored)
-            if cell.paper or cell.digest:
-                yield [
-                    *("cell", row.label, column.label, column.unit),
-                    *((cell.paper.number, cell.paper.mark) if cell.paper else _NONE),
-                    *(cell.ours or _NONE),
-                    *(n, cell.difference, " ".join(cell.missing), cell.digest),
-                    f"at least, in {never} of {n}" if never else None,
-                ]
-    for each in found.verdicts:
-        about = ["claim", each.claim.text, each.column.label, None, None, each.claim.mark]
-        yield [*about, *(each.difference or _NONE), each.n, None, None, None, each.status]

@@ -8,19 +8,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import differences
 from opdjax.report.papers.tables import (
     MARKS,
-    READS,
     PaperClaim,
     PaperColumn,
     PaperTable,
     Row,
     Value,
-    paper_named,
     paper_tables,
 )
 from opdjax.runs import statistics
@@ -28,9 +26,9 @@ from opdjax.runs.results import Point, Run, SeedGroup, read_group, read_run, see
 from opdjax.runs.workdir import WorkdirError
 
 Status = Literal["reproduced", "contradicted", "inconclusive", "not run"]
-Part = Literal["paper", "ours", "difference"]
 Interval = tuple[float, float | None]  # mean and half of its 95 % interval; None: one seed
 Bounds = tuple[float | None, float | None]  # None: no bound
+Cells = Mapping[str, Mapping[str, "Cell"]]  # by labels of row and column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +45,6 @@ class Cell:
     digest: str | None = None  # of the config without the seed; None: the sweep has no such point
     # Seeds that never reached the target of PaperColumn.until; their value is all that they spent.
     censored: tuple[int, ...] = ()
-
-
-Cells = Mapping[str, Mapping[str, Cell]]  # by row label and column label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +78,6 @@ class Comparison:
         """Whether the sweep has any point of the table."""
         return any(cell.digest for row in self.cells.values() for cell in row.values())
 
-    def parts(self, columns: Sequence[PaperColumn]) -> list[tuple[PaperColumn, Part]]:
-        """The parts of columns that any row has."""
-        fields: dict[Part, str] = {"paper": "paper", "ours": "digest", "difference": "difference"}
-        return [
-            (column, part)
-            for column in columns
-            for part, field in fields.items()
-            if any(getattr(row[column.label], field) is not None for row in self.cells.values())
-        ]
-
 
 # By labels of row and column: the points of a cell, and their completed runs by seed.
 _Found = Mapping[tuple[str, str], tuple[SeedGroup, dict[int, Run]] | None]
@@ -105,11 +90,8 @@ def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
     point, or if rows of one column were evaluated on different prompts or in different ways.
     """
     reading, available = functools.cache(read_run), seed_groups(points)
-    found: _Found = {
-        (row.label, column.label): _find(row, column, available, reading)
-        for row in table.rows
-        for column in table.columns
-    }
+    places = [(row, column) for row in table.rows for column in table.columns]
+    found = {(row.label, of.label): _find(row, of, available, reading) for row, of in places}
     cells = {
         row.label: {
             column.label: _cell(row, column, row.value(i), found)
@@ -117,9 +99,11 @@ def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
         }
         for row in table.rows
     }
-    flat = [(label, cell) for row in cells.values() for label, cell in row.items()]
-    filled = {label for label, cell in flat if cell.paper or cell.digest}
-    marks = {each.mark for each in (*(cell.paper for _, cell in flat), *table.claims) if each}
+    filled = {
+        label for row in cells.values() for label, cell in row.items() if cell.paper or cell.digest
+    }
+    marks = {claim.mark for claim in table.claims}
+    marks |= {cell.paper.mark for row in cells.values() for cell in row.values() if cell.paper}
     return Comparison(
         table,
         tuple(column for column in table.columns if column.label in filled),
@@ -147,9 +131,6 @@ def _find(
         return None
     runs = {run.config["seed"]: run for run in read_group(fitting[0], reading)}
     return fitting[0], dict(sorted(runs.items()))
-
-
-# Cells
 
 
 def _cell(row: Row, column: PaperColumn, paper: Value | None, found: _Found) -> Cell:
@@ -190,7 +171,8 @@ def reader(read: str, when: Literal["after", "before"] = "after") -> Callable[[R
         "last": lambda run: run.last_mean(name),
     }
     if kind not in readers:
-        raise ValueError(f"a column reads {read!r}; expected {READS}")
+        expected = "a score (avg@k:NAME), seconds, median:METRIC or last:METRIC"
+        raise ValueError(f"a column reads {read!r}; expected {expected}")
     return readers[kind if when == "after" else ""]
 
 
@@ -214,9 +196,6 @@ def _spent(
 def finite(mean: float, half: float) -> Interval:
     """The interval with None for an infinite half width, as JSON has no infinity."""
     return mean, half if math.isfinite(half) else None
-
-
-# Caveats
 
 
 def _flags(table: PaperTable, found: _Found) -> Iterator[str]:
@@ -259,9 +238,6 @@ def _pair_flags(
     machines = [{name: run.environment.get(name) for name in machine} for run in (one, two)]
     if column.is_timed and (changed := differences(*machines)):
         yield f"{names} ran on other machines, which affects seconds: {'; '.join(changed)}"
-
-
-# Verdicts
 
 
 def _verdicts(claim: PaperClaim, table: PaperTable, cells: Cells) -> list[Verdict]:
@@ -310,47 +286,14 @@ def _verdict(claim: PaperClaim, column: PaperColumn, cells: Cells) -> Verdict:
     return verdict(status, finite(mean, half), (low, high) if math.isfinite(half) else None)
 
 
-# All tables
-
-
-@dataclasses.dataclass(frozen=True)
-class PaperFacts:
-    """The tables of papers that have points in a sweep."""
-
-    compared: tuple[Comparison, ...]
-    refused: dict[str, tuple[str, str]]  # table whose runs do not compare -> (title, error)
-    absent: tuple[str, ...]  # tables without a point; none where one table was asked for
-
-
-def paper_facts(points: Sequence[Point], only: str | None = None) -> PaperFacts | None:
-    """The tables with their runs, or `only` one; None if no table has a point here.
-
-    ConfigError if `only` is no table, WorkdirError if it has no point here.
+def compare_all(points: Sequence[Point]) -> dict[str, Any]:
+    """The comparisons of all tables that have points here, and the errors, by name, of those whose
+    runs do not compare.
     """
     found, refused = [], {}
-    for table in [paper_named(only)] if only else paper_tables().values():
+    for name, table in paper_tables().items():
         try:
             found.append(compare(table, points))
         except WorkdirError as error:
-            refused[table.name] = table.title, str(error)
-    found = [each for each in found if each.is_run]
-    named = {each.table.name for each in found} | refused.keys()
-    if only and not named:
-        raise WorkdirError(
-            f"--paper {only}: the sweep has no point of this table; expected points with some of "
-            f"the labels {paper_named(only).labels}"
-        )
-    absent = () if only else tuple(name for name in paper_tables() if name not in named)
-    return PaperFacts(tuple(found), refused, absent) if named else None
-
-
-def of_table(points: Sequence[Point], table: PaperTable) -> list[Point]:
-    """The points that belong to cells of a table."""
-    arms = {row.arm for row in table.rows if row.arm}
-    pairs = {column.pair for column in table.columns if column.read}
-    return [
-        point
-        for point in points
-        if point.overrides.get("arm") in arms
-        and ("" in pairs or point.overrides.get("pair") in pairs)
-    ]
+            refused[name] = str(error)
+    return {"compared": [each for each in found if each.is_run], "refused": refused}
