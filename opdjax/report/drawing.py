@@ -231,11 +231,12 @@ def lines(
             _paint_interval(axes, line, is_many=is_many)
         if reference is not None:
             axes.axhline(reference, color=MUTED, linewidth=0.9, dashes=(4, 3))
+        places = sorted({float(value) for line in found for value in line.x})
+        linear_ticks(axes.xaxis, integer=all(place.is_integer() for place in places))
+        linear_ticks(axes.yaxis)
         for axis, is_log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
-            linear_ticks(axis, integer=axis is axes.xaxis)
             if is_log:
                 axis.set_ticks(log_ticks(*axis.get_view_interval(), 200))
-        places = sorted({float(value) for line in found for value in line.x})
         if log_x and len(places) <= 6:
             axes.set_xticks(places)
         if categories:
@@ -317,11 +318,9 @@ def _limits(
     An interval several times wider than all lines together is cut at the edge.
     """
     low, high = axes.get_ylim()
-    if reference is not None and 0.5 * low < reference < 2 * high:
-        margin = 0.06 * (high - low)
-        low, high = min(low, reference - margin), max(high, reference + margin)
+    near = [reference] if reference is not None and 0.5 * low < reference < 2 * high else []
     sides = (side for line in found if line.slot != REST for side in (line.low, line.high))
-    ends = finite(value for side in sides if side is not None for value in side)
+    ends = finite([*near, *(value for side in sides if side is not None for value in side)])
     ends = np.clip(ends, 2 * low - high, 2 * high - low)
     low, high = min([low, *ends]), max([high, *ends])
     edge = 0.02 * (high - low)  # a line along a bound stays visible
@@ -360,67 +359,27 @@ def _paint_interval(axes: Any, line: Line, *, is_many: bool) -> None:
 # Bars
 
 
-@dataclasses.dataclass(frozen=True)
-class Bars:
-    """Bars of one kind: heights at the categories, or from `left` with `width`."""
-
-    heights: Sequence[float | None]
-    slot: int
-    is_pale: bool = False
-    left: Sequence[float] = ()
-    width: Sequence[float] = ()
-
-
 def bars(
     title: str,
-    found: Sequence[Bars],
+    found: Sequence[tuple[int, Sequence[float | None]]],
+    categories: Sequence[str],
     y: str,
     x: str,
     about: str | None = None,
-    *,
-    categories: Sequence[str] = (),
-    x_range: tuple[float, float] | None = None,
-    marks: Sequence[float | None] = (),
     unit: str = "",
 ) -> Markup:
-    """Bars of several kinds, side by side at each category, or at their own places in `x_range`.
-
-    `marks` are two bounds on the x axis, drawn as lines, or named at the edge beyond which they
-    are; None is no bound.
-    """
-    if not any(any(map(is_number, each.heights)) for each in found):
-        return NOTHING
+    """Bars side by side at each category: `(slot, one height per category)` for each kind."""
 
     def paint(canvas: Any) -> None:
         axes = axes_in(canvas, _MARGINS, "y", x, y)
         width = 0.84 / len(found)
-        for at, each in enumerate(found):
-            shift = width * (at - len(found) / 2)
-            left = each.left or [place + shift for place in range(len(categories))]
-            heights = [value if is_number(value) else 0.0 for value in each.heights]
-            style = {"color": colour_of(each.slot), "alpha": 0.35 if each.is_pale else 1.0}
-            axes.bar(left, heights, each.width or 0.9 * width, align="edge", zorder=3, **style)
+        for at, (slot, heights) in enumerate(found):
+            left = np.arange(len(categories)) + width * (at - len(found) / 2)
+            known = [value if is_number(value) else 0.0 for value in heights]
+            style = {"color": colour_of(slot), "align": "edge", "zorder": 3}
+            axes.bar(left, known, 0.9 * width, **style)
         linear_ticks(axes.yaxis, unit=unit)
-        if categories:
-            axes.set_xticks(range(len(categories)), categories)
-            axes.set_xlim(-0.55, len(categories) - 0.45)
-            return
-        linear_ticks(axes.xaxis)
-        axes.set_xlim(*x_range)
-        for bound, side in zip(marks, ("right", "left")):
-            if bound is not None:
-                _bound(axes, bound, side, *x_range)
+        axes.set_xticks(range(len(categories)), categories)
+        axes.set_xlim(-0.55, len(categories) - 0.45)
 
     return figure(title, f"{title}: {y} against {x}", _SMALL, paint, about)
-
-
-def _bound(axes: Any, bound: float, side: str, low: float, high: float) -> None:
-    at, text = bound, f" {tick(bound)} "
-    if bound < low:
-        at, side, text = low, "left", f"← bound {tick(bound)}"
-    elif bound > high:
-        at, side, text = high, "right", f"bound {tick(bound)} →"
-    else:
-        axes.axvline(bound, color=INK, linewidth=1.2, dashes=(4, 3), zorder=4)
-    style = {"transform": axes.get_xaxis_transform(), "va": "bottom", "color": INK}
-    axes.text(at, 1.0, text, ha=side, **style)

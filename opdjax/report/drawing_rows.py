@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -17,7 +17,7 @@ from opdjax.runs.results import is_number
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row: its name, its mark, and its number as `text`. Without a value, `note` is written."""
+    """A row: its name, its mark, and its number as `text`."""
 
     label: str
     value: float | None = None
@@ -27,31 +27,19 @@ class Entry:
     # which a negative part counts as negative.
     parts: tuple[float, ...] = ()
     is_warning: bool = False  # a cross instead of a dot
-    is_target: bool = False  # a ring at 0: it claims to be there
     text: str = ""
-    note: str = ""
 
 
 Groups = Sequence[tuple[str, Sequence[Entry]]]  # a heading ("" for none) and its rows
-Kind = Literal["angle", "ratio", "stack"]
-PARTS = (3, 4, 0)  # slots of the parts of a stack; the second is pale
+PARTS = (3, 4, 0)  # slots of the parts of a stack
 _WIDTH, _ROW, _GAP, _BELOW = 520, 26, 14, 50
 
 
 def rows_of(
-    title: str,
-    groups: Groups,
-    x: str,
-    kind: Kind,
-    *,
-    limit: float = 0.0,
-    unit: str = "",
-    where: str = "",
+    title: str, groups: Groups, x: str, *, limit: float | None = None, unit: str = ""
 ) -> Markup:
-    """A row for each entry: degrees from 0, ratios from 1 on a logarithmic axis, or stacked parts.
-
-    `limit`: the largest angle, or where stacks are cut, with an arrow. `where` joins the
-    description of the drawing.
+    """A row for each entry, from 0 to `limit`, where stacks are cut, with an arrow; without a
+    limit, ratios from 1 on a logarithmic axis.
     """
     rows: list[str | Entry] = []
     for heading, entries in groups:
@@ -68,62 +56,46 @@ def rows_of(
         axes = drawing.axes_in(canvas, (left, right, 4, _BELOW), "x", x)
         axes.set_ylim(len(rows), 0)
         axes.set_yticks([])
-        _scale(axes, kind, every, limit, unit, width)
+        drawing.linear_ticks(axes.xaxis, 4, unit)
+        if limit is None:
+            _ratio_scale(axes, every, width)
+        else:
+            axes.set_xlim(0, limit)
         beside = {"transform": axes.get_yaxis_transform(), "va": "center"}
-        muted = {"color": drawing.MUTED, "zorder": 6}
         start, end = -left / width, 1 + right / width  # edges of the figure
         for y, row in zip(np.arange(len(rows)) + 0.5, rows):
             if isinstance(row, str):
-                axes.text(start, y, row, **beside, **muted, fontweight="bold")
+                axes.text(start, y, row, **beside, color=drawing.MUTED, zorder=6, weight="bold")
                 continue
             size = drawing.TEXT * min(1, (left - _GAP) / (len(row.label) * drawing.LETTER))
             colour = drawing.colour_of(1) if row.is_warning else drawing.INK
             axes.text(start, y, row.label, **beside, fontsize=size, color=colour)
             axes.text(end, y, row.text, **beside, ha="right")
-            if row.note:
-                axes.axhspan(y - 0.5, y + 0.5, color=drawing.GRID, linewidth=0, zorder=1)
-                axes.text(0.5, y, row.note, **beside, **muted, ha="center")
-            elif kind == "stack":
-                _stack(axes, row, y, limit)
+            if row.parts:
+                _stack(axes, row, y)
             elif is_number(row.value):
-                _mark(axes, row, y, origin=int(kind == "ratio"))
+                _mark(axes, row, y, origin=int(limit is None))
 
-    described = ", ".join(filter(None, (f"{title}: {x}", where)))
-    return drawing.figure(title, described, (_WIDTH, 4 + _ROW * len(rows) + _BELOW), paint)
+    size = (_WIDTH, 4 + _ROW * len(rows) + _BELOW)
+    return drawing.figure(title, f"{title}: {x}", size, paint)
 
 
-def _scale(
-    axes: Any, kind: Kind, every: Sequence[Entry], limit: float, unit: str, width: float
-) -> None:
-    """The limits and ticks of x."""
-    if kind == "angle":
-        axes.set_xlim(-0.05 * limit, 1.05 * limit)
-        drawing.linear_ticks(axes.xaxis, unit="°")
-        axes.set_xticks(range(0, int(1.05 * limit) + 1, 30 if limit < 150 else 45))
-    elif kind == "stack":
-        axes.set_xlim(0, limit)
-        drawing.linear_ticks(axes.xaxis, 4, unit)
-        if unit:
-            axes.axvline(1, color=drawing.INK, linewidth=1.2, dashes=(4, 3), zorder=2)
-    else:
-        values = drawing.finite(value for e in every for value in (e.value, e.low, e.high))
-        ends = [value for value in values if value > 0]
-        low, high = min([*ends, 0.8]) / 1.1, max([*ends, 1.25]) * 1.1
-        axes.set_xscale("log")
-        axes.set_xlim(low, high)
-        drawing.linear_ticks(axes.xaxis, unit="×")
-        axes.set_xticks(drawing.log_ticks(low, high, width))
-        axes.minorticks_off()
-        axes.axvline(1, color=drawing.INK, linewidth=1.2, zorder=2)
+def _ratio_scale(axes: Any, every: Sequence[Entry], width: float) -> None:
+    values = drawing.finite(value for e in every for value in (e.value, e.low, e.high))
+    ends = [value for value in values if value > 0]
+    low, high = min([*ends, 0.8]) / 1.1, max([*ends, 1.25]) * 1.1
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    drawing.linear_ticks(axes.xaxis, unit="×")
+    axes.set_xticks(drawing.log_ticks(low, high, width))
+    axes.minorticks_off()
+    axes.axvline(1, color=drawing.INK, linewidth=1.2, zorder=2)
 
 
 def _mark(axes: Any, entry: Entry, y: float, origin: int) -> None:
     """A pale bar from the origin to a dot, or a cross, and the interval."""
     least = axes.get_xlim()[0]
     colour, value = drawing.colour_of(1 if entry.is_warning else 0), max(entry.value, least)
-    if entry.is_target:
-        ring = {"marker": "o", "markersize": 17, "color": "none", "markeredgewidth": 1.4}
-        axes.plot([0], [y], **ring, markeredgecolor=drawing.INK, zorder=4)
     bar = {"height": 0.56, "color": colour, "alpha": 0.3, "linewidth": 0}
     axes.barh([y], [value - origin], left=origin, **bar, zorder=2.5)
     if is_number(entry.low) and is_number(entry.high):
@@ -131,14 +103,14 @@ def _mark(axes: Any, entry: Entry, y: float, origin: int) -> None:
         axes.plot(ends, [y, y], color=colour, linewidth=2.2, zorder=3)
     size, marker = (9.5, "X") if entry.is_warning else (8.5, "o")
     dot = {"color": colour, "marker": marker, "markersize": size, "markeredgewidth": 0}
-    axes.plot([value], [y], **dot, zorder=5)
+    axes.plot([value], [y], **dot, zorder=5, clip_on=False)
 
 
-def _stack(axes: Any, entry: Entry, y: float, limit: float) -> None:
-    start = 0.0
+def _stack(axes: Any, entry: Entry, y: float) -> None:
+    start, limit = 0.0, axes.get_xlim()[1]
     for slot, size in zip(PARTS, entry.parts):
-        style = {"color": drawing.colour_of(slot), "alpha": 0.35 if slot == PARTS[1] else 1.0}
-        axes.barh([y], [size], left=start, height=0.62, linewidth=0, zorder=3, **style)
+        style = {"color": drawing.colour_of(slot), "height": 0.62, "linewidth": 0, "zorder": 3}
+        axes.barh([y], [size], left=start, **style)
         start += size
     if is_number(entry.value) and 0 <= entry.value <= limit:
         at = [entry.value, entry.value]
@@ -150,40 +122,28 @@ def _stack(axes: Any, entry: Entry, y: float, limit: float) -> None:
 
 # Lanes: what each process did, over time
 
-
-@dataclasses.dataclass(frozen=True)
-class Bar:
-    """A period of a lane: REST periods are thin. `text` is written inside where it fits."""
-
-    start: float
-    end: float
-    slot: int
-    text: str = ""
+Shares = Sequence[tuple[int, np.ndarray]]  # (slot, its share of each stretch of time)
 
 
 def lanes(
-    title: str,
-    found: dict[str, Sequence[Bar]],
-    length: float,
-    cuts: Sequence[float] = (),
-    shares: dict[str, Sequence[tuple[int, Sequence[float]]]] | None = None,
+    title: str, edges: np.ndarray, found: dict[str, Shares], cuts: Sequence[float] = ()
 ) -> Markup:
-    """A lane for each process, from 0 to `length` seconds; dotted lines mark `cuts`.
-
-    With `shares`, for too many periods to draw, each lane has the share of each of equal
-    stretches of time that a slot takes, stacked.
+    """A lane for each process: the shares of each stretch between two `edges` (seconds), stacked,
+    waiting on top. Dotted lines mark `cuts`.
     """
     width, names, below = 1120, 84, 44
 
     def paint(canvas: Any) -> None:
         axes = drawing.axes_in(canvas, (names, 10, 0, below), None, "seconds")
-        axes.set_xlim(0.0, length)
+        axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(len(found) - 0.5, -0.5)
-        for row, (who, each) in enumerate(found.items()):
-            if shares is None:
-                _paint_bars(axes, row, each, (width - names - 10) / length)
-            else:
-                _paint_shares(axes, row, shares[who], length)
+        for row, shares in enumerate(found.values()):
+            floor = np.full(len(edges), row + 0.375)  # y points down
+            for slot, share in sorted(shares, key=lambda each: each[0] == drawing.REST):
+                top = np.maximum(floor - 0.75 * np.append(share, share[-1]), row - 0.375)
+                style = {"color": drawing.colour_of(slot), "linewidth": 0}
+                axes.fill_between(edges, floor, top, step="post", **style)
+                floor = top
         for cut in cuts:
             axes.axvline(cut, color=drawing.INK, linewidth=1.2, dashes=(1.5, 1.5), zorder=5)
         axes.set_yticks(range(len(found)), found, color=drawing.INK)
@@ -192,25 +152,3 @@ def lanes(
     described = f"{title}: lanes of {' and '.join(found)} over time"
     size = (width, len(found) * 62 + below)
     return drawing.figure(title, described, size, paint, is_wide=True)
-
-
-def _paint_bars(axes: Any, y: float, found: Sequence[Bar], pixels: float) -> None:
-    for bar in found:
-        height = 0.3 if bar.slot == drawing.REST else 0.75
-        style = {"height": height, "color": drawing.colour_of(bar.slot), "linewidth": 0}
-        axes.barh(y, bar.end - bar.start, left=bar.start, **style)
-        if bar.text and (bar.end - bar.start) * pixels > 6 * len(bar.text) + 2:
-            at = {"ha": "center", "va": "center", "color": drawing.PAGE, "fontsize": 9.5}
-            axes.text((bar.start + bar.end) / 2, y, bar.text, **at)
-
-
-def _paint_shares(axes: Any, y: float, found: Sequence[tuple[int, Any]], length: float) -> None:
-    at_rest_last = sorted(found, key=lambda each: each[0] == drawing.REST)
-    heights = np.minimum(np.cumsum([share for _, share in at_rest_last], axis=0), 1.0)
-    edges = np.linspace(0.0, length, heights.shape[1] + 1)
-    floor = y + 0.375  # y points down
-    for (slot, _), height in zip(at_rest_last, heights):
-        top = y + 0.375 - 0.75 * np.append(height, height[-1:])
-        style = {"color": drawing.colour_of(slot), "linewidth": 0}
-        axes.fill_between(edges, floor, top, step="post", **style)
-        floor = top

@@ -112,7 +112,7 @@ def _facts(
     )
 
 
-def _audit(directory: pathlib.Path) -> audit.AuditFacts:
+def _audit(directory: pathlib.Path) -> dict[str, Any]:
     document = read_json(directory / AUDIT, "run opdjax audit again")
     return audit_facts(document, directory.resolve().name)
 

@@ -36,7 +36,9 @@ def run_facts(
         "name": run.workdir.resolve().name,
         "student": measures.model_name(run.config["student"]["path"]),
         "teacher": measures.model_name(run.config["teacher"]["path"]),
-        "judge": _judge_name(run) if recipe and recipe.is_judged else None,
+        "judge": measures.model_name((run.config.get("verifier") or {}).get("model") or "a judge")
+        if recipe and recipe.is_judged
+        else None,
         "recipe": run.config["estimator"]["recipe"],
         "description": recipe.description if recipe else "",
         "options": {key: shown(v) for key, v in measures.estimator_options(run).items()},
@@ -85,10 +87,6 @@ def run_facts(
 
 
 _LONG = ("answers", "per_prompt", "per_prompt_greedy", "per_prompt_pass")  # not on the page
-
-
-def _judge_name(run: Run) -> str:
-    return measures.model_name((run.config.get("verifier") or {}).get("model") or "a judge")
 
 
 def _ends(run: Run, key: str, length: int) -> dict[str, float | None]:
