@@ -22,9 +22,6 @@ EXACT = 1e-9  # enumeration is in float64
 _SAME = 0.01  # expected gradients are equal below this relative bias
 _MAX_STACK = 3.0  # limit of a chart of noise, in multiples of the noise of opd
 _LITTLE = 0.005  # a bin with a smaller share of opd's noise has no point: its ratio is rounding
-_SHORT = {"support_top_k": "k", "renormalize": "renorm."}
-_OWN, _LOST = "Recipes with a direction of their own", "No direction: the expected gradient is 0"
-_PITFALLS = f"Pitfalls, mistaken for {KL['reverse']}"
 NOISE_GROUPS = (
     "Same expected gradient as opd",
     "Another expected gradient",
@@ -32,10 +29,6 @@ NOISE_GROUPS = (
     "Pitfalls",
 )
 PARTS = ("prompt", "trajectory", "action")  # of the noise of parameter gradients
-COSTS = (
-    ("seconds_per_token", "Time per token", "µs", 1e6),
-    ("bytes_per_token", "Memory per token", "kB", 1e-3),
-)
 
 
 def audit_facts(document: dict[str, Any], name: str) -> Facts:
@@ -107,7 +100,7 @@ def _subject(name: str, about: dict[str, Any]) -> dict[str, Any]:
     recipe, options = about.get("recipe"), about.get("options", {})
     is_clear = lambda value: isinstance(value, str) and value != "none"
     words = [
-        value if is_clear(value) else f"{_SHORT.get(option, option)} {shown(value)}"
+        value if is_clear(value) else f"{option} {shown(value)}"
         for option, value in options.items()
     ]
     return {
@@ -138,12 +131,8 @@ def _direction(subject: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         verdict = f"points along {KL[other]}, {degrees(found[aim])} from {KL[aim]}"
     else:
         verdict = f"is off by {degrees(found[aim])}"
-    return {
-        "subject": subject,
-        "row": row,
-        "degrees": found,
-        "is_lost": is_lost,
-        "verdict": verdict,
+    return {"subject": subject, "row": row, "degrees": found, "is_lost": is_lost} | {
+        "verdict": verdict
     }
 
 
@@ -175,13 +164,15 @@ def _entry(subject: dict[str, Any], *values: float | None, **more: Any) -> Entry
 
 def angle_groups(rows: dict[str, dict[str, Any]], kl: str) -> Groups:
     """The rows of the chart of angles to the gradient of a KL; the same order for every KL."""
-    headings = [*(f"Recipes for {name}" for name in KL.values()), _OWN, _PITFALLS, _LOST]
-    found: dict[str, list[Entry]] = {heading: [] for heading in headings}
+    own = "Recipes with a direction of their own"
+    headings = {kl: f"Recipes for {name}" for kl, name in KL.items()}
+    found: dict[str, list[Entry]] = {
+        heading: [] for heading in (*headings.values(), own, "Pitfalls")
+    }
     nearest = lambda each: round(each["degrees"]["reverse"] or 0.0, 1)
     for each in sorted(rows.values(), key=nearest):
         subject, value = each["subject"], each["degrees"][kl]
-        heading = f"Recipes for {KL[subject['aim']]}" if subject["aim"] in KL else _OWN
-        heading = _LOST if each["is_lost"] else _PITFALLS if subject["is_pitfall"] else heading
+        heading = "Pitfalls" if subject["is_pitfall"] else headings.get(subject["aim"], own)
         found[heading].append(_entry(subject, value, text=degrees(value)))
     return list(found.items())
 
@@ -226,11 +217,14 @@ def place_bars(
 ) -> list[tuple[int, list[float | None]]]:
     """Contexts, their share of the KL and of opd's variance in every bin, percent."""
     whole = sum(each["contexts"] for each in bins) or 1
-    shares = {5: [each["contexts"] / whole for each in bins]}
-    shares |= {2: [each["kl_share"] for each in bins], 1: [each["variance_share"] for each in bins]}
-    shares |= {3: actions} if actions else {}
-    percents = lambda values: [100 * value if is_number(value) else None for value in values]
-    return [(slot, percents(values)) for slot, values in shares.items()]
+    shares = [(5, [each["contexts"] / whole for each in bins]), (3, actions or [])]
+    shares += [(2, [each["kl_share"] for each in bins])]
+    shares += [(1, [each["variance_share"] for each in bins])]
+    return [
+        (slot, [100 * value if is_number(value) else None for value in values])
+        for slot, values in shares
+        if values
+    ]
 
 
 def place_lines(rows: Iterable[list], noise: Sequence[float | None]) -> list[Line]:
@@ -244,8 +238,7 @@ def place_lines(rows: Iterable[list], noise: Sequence[float | None]) -> list[Lin
             for cell, share in zip(cells, noise)
         ]
         # Shifted, so that intervals do not hide one another.
-        shift = 0.06 * (slot - (len(rows) - 1) / 2)
-        x = [at + shift for at in range(len(noise))]
+        x = [at + 0.06 * (slot - (len(rows) - 1) / 2) for at in range(len(noise))]
         found.append(Line(x, *zip(*kept), slot=slot, has_markers=True, bars=True))
     return found
 
@@ -257,11 +250,3 @@ def bin_labels(bins: Sequence[dict[str, Any]]) -> list[str]:
         bucket_label((each["first"], each["last"])) if "first" in each else percentiles(each)
         for each in bins
     ]
-
-
-def known_costs(f: Facts, key: str) -> dict[str, tuple[float, float | None]]:
-    """The known costs of one kind and their multiples of opd's, the lowest first."""
-    rows = (f["document"].get("costs") or {}).items()
-    known = {name: row[key] for name, row in rows if is_number(row.get(key))}
-    over_plain = lambda value: value / known[PLAIN] if known.get(PLAIN) else None
-    return {name: (known[name], over_plain(known[name])) for name in sorted(known, key=known.get)}

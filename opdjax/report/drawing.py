@@ -26,7 +26,7 @@ SERIES = 6  # colours that hue, dash and marker tell apart
 REST = -1  # the slot of lines that give context only
 # matplotlib draws with these colours; `_plain` replaces them with CSS variables.
 _NAMES = ("ink", "muted", "grid", "page", *(f"series-{slot}" for slot in range(SERIES)), "rest")
-INK, MUTED, GRID, PAGE, *_SLOTS = (f"#fe01{at:02x}" for at in range(len(_NAMES)))
+INK, MUTED, GRID, PAGE, *SLOTS = (f"#fe01{at:02x}" for at in range(len(_NAMES)))
 _DASHES = ((), (6, 2), (1.5, 1.5), (7, 2, 1.5, 2), (10, 2.5), (3, 2), ())  # by slot, REST last
 _MARKERS = ("o", "s", "^", "D", "v", "P", "o")
 TEXT, LETTER = 13, 7.2  # size of text and width of a letter, pixels
@@ -125,11 +125,6 @@ def axes_in(
     return axes
 
 
-def colour_of(slot: int) -> str:
-    """The colour that matplotlib draws a slot with."""
-    return _SLOTS[slot]
-
-
 def dashes(slot: int) -> str:
     """The `stroke-dasharray` of a slot's line in a legend."""
     return " ".join(f"{length * 1.5:g}" for length in _DASHES[slot])
@@ -215,7 +210,6 @@ def lines(
     found = [line for line in found if any(map(is_number, line.y))]
     if not found:
         return NOTHING
-    is_many = sum(line.slot != REST for line in found) > 1
 
     def paint(canvas: Any) -> None:
         axes = axes_in(canvas, _MARGINS, "y", x, y)
@@ -224,11 +218,11 @@ def lines(
         axes.set_yscale("log" if log_y else "linear")
         axes.minorticks_off()
         for line in found:
-            _paint_line(axes, line, is_many=is_many)
+            _paint_line(axes, line)
         needed = axes.get_ylim() if log_y else _limits(axes, found, reference, bounds)
         axes.set_ylim(*(y_range or needed))
         for line in found:
-            _paint_interval(axes, line, is_many=is_many)
+            _paint_interval(axes, line)
         if reference is not None:
             axes.axhline(reference, color=MUTED, linewidth=0.9, dashes=(4, 3))
         places = sorted({float(value) for line in found for value in line.x})
@@ -291,7 +285,7 @@ def smoothing_window(num_steps: int) -> int:
 def smoothing_note(num_steps: int) -> str:
     """What the two lines of a smoothed chart are; empty where charts are not smoothed."""
     window = smoothing_window(num_steps)
-    return f" Faint line: every step. Strong line: mean over {window} steps." if window > 1 else ""
+    return f" Faint line: every step; strong line: mean over {window} steps." if window > 1 else ""
 
 
 def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
@@ -329,31 +323,30 @@ def _limits(
     return low, high if above is None else min(high, above + edge)
 
 
-def _paint_line(axes: Any, line: Line, *, is_many: bool) -> None:
+def _paint_line(axes: Any, line: Line) -> None:
     is_rest = line.slot == REST
     style: dict[str, Any] = {
         "linewidth": 0.8 if line.is_faint or is_rest else 1.9,
         "alpha": 0.4 if line.is_faint else 1.0,
         "zorder": 1.5 if is_rest else 2.0 if line.is_faint else 3.0,
+        "dashes": () if line.is_faint else _DASHES[line.slot],
     }
-    if is_many and not line.is_faint and _DASHES[line.slot]:
-        style["dashes"] = _DASHES[line.slot]
     if line.has_markers:
         style |= {"marker": _MARKERS[line.slot], "markersize": 5, "markeredgewidth": 0}
     # matplotlib simplifies long lines and keeps their spikes.
-    axes.plot(line.x, np.asarray(line.y, float), color=colour_of(line.slot), **style)
+    axes.plot(line.x, np.asarray(line.y, float), color=SLOTS[line.slot], **style)
 
 
-def _paint_interval(axes: Any, line: Line, *, is_many: bool) -> None:
+def _paint_interval(axes: Any, line: Line) -> None:
     if line.low is None or line.slot == REST:
         return
     x, low, high = (np.asarray(each, float) for each in (line.x, line.low, line.high))
-    known, colour = np.isfinite(low) & np.isfinite(high), colour_of(line.slot)
+    known, colour = np.isfinite(low) & np.isfinite(high), SLOTS[line.slot]
     if line.bars:
         axes.vlines(x[known], low[known], high[known], colour, linewidth=1.2, zorder=2.5)
     else:
-        band = {"color": colour, "alpha": 0.1 if is_many else 0.16, "linewidth": 0}
-        axes.fill_between(x, low, high, where=known, zorder=1.8, **band)
+        style = {"color": colour, "alpha": 0.13, "linewidth": 0, "zorder": 1.8}
+        axes.fill_between(x, low, high, where=known, **style)
 
 
 # Bars
@@ -376,7 +369,7 @@ def bars(
         for at, (slot, heights) in enumerate(found):
             left = np.arange(len(categories)) + width * (at - len(found) / 2)
             known = [value if is_number(value) else 0.0 for value in heights]
-            style = {"color": colour_of(slot), "align": "edge", "zorder": 3}
+            style = {"color": SLOTS[slot], "align": "edge", "zorder": 3}
             axes.bar(left, known, 0.9 * width, **style)
         linear_ticks(axes.yaxis, unit=unit)
         axes.set_xticks(range(len(categories)), categories)

@@ -68,7 +68,7 @@ def rows_of(
                 axes.text(start, y, row, **beside, color=drawing.MUTED, zorder=6, weight="bold")
                 continue
             size = drawing.TEXT * min(1, (left - _GAP) / (len(row.label) * drawing.LETTER))
-            colour = drawing.colour_of(1) if row.is_warning else drawing.INK
+            colour = drawing.SLOTS[1] if row.is_warning else drawing.INK
             axes.text(start, y, row.label, **beside, fontsize=size, color=colour)
             axes.text(end, y, row.text, **beside, ha="right")
             if row.parts:
@@ -95,7 +95,7 @@ def _ratio_scale(axes: Any, every: Sequence[Entry], width: float) -> None:
 def _mark(axes: Any, entry: Entry, y: float, origin: int) -> None:
     """A pale bar from the origin to a dot, or a cross, and the interval."""
     least = axes.get_xlim()[0]
-    colour, value = drawing.colour_of(1 if entry.is_warning else 0), max(entry.value, least)
+    colour, value = drawing.SLOTS[1 if entry.is_warning else 0], max(entry.value, least)
     bar = {"height": 0.56, "color": colour, "alpha": 0.3, "linewidth": 0}
     axes.barh([y], [value - origin], left=origin, **bar, zorder=2.5)
     if is_number(entry.low) and is_number(entry.high):
@@ -109,7 +109,7 @@ def _mark(axes: Any, entry: Entry, y: float, origin: int) -> None:
 def _stack(axes: Any, entry: Entry, y: float) -> None:
     start, limit = 0.0, axes.get_xlim()[1]
     for slot, size in zip(PARTS, entry.parts):
-        style = {"color": drawing.colour_of(slot), "height": 0.62, "linewidth": 0, "zorder": 3}
+        style = {"color": drawing.SLOTS[slot], "height": 0.62, "linewidth": 0, "zorder": 3}
         axes.barh([y], [size], left=start, **style)
         start += size
     if is_number(entry.value) and 0 <= entry.value <= limit:
@@ -141,7 +141,7 @@ def lanes(
             floor = np.full(len(edges), row + 0.375)  # y points down
             for slot, share in sorted(shares, key=lambda each: each[0] == drawing.REST):
                 top = np.maximum(floor - 0.75 * np.append(share, share[-1]), row - 0.375)
-                style = {"color": drawing.colour_of(slot), "linewidth": 0}
+                style = {"color": drawing.SLOTS[slot], "linewidth": 0}
                 axes.fill_between(edges, floor, top, step="post", **style)
                 floor = top
         for cut in cuts:

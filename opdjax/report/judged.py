@@ -34,6 +34,7 @@ def judged_facts(run: Run) -> dict[str, Any] | None:
     early, late = parts["first"]["rates"], parts["last"]["rates"]
     auc_by_step, auc_width = _auc_by_step(steps)
     logged = [step for step, found in steps.items() if any(map(_has_texts, found))]
+    changes = {name: (late[name][0], first) for name, (first, _) in early.items()}
     return {
         "is_reward": recipe is not None and recipe.is_judged,  # else only shown to a teacher
         "has_rubrics": any(row.criteria for group in groups for row in group.rows),
@@ -43,11 +44,7 @@ def judged_facts(run: Run) -> dict[str, Any] | None:
         "categories": categories,
         "parts": parts,  # summaries of first, last and all steps
         # Of the rollouts' rates, last minus first.
-        "changes": {
-            name: late[name][0].less(first)
-            for name, (first, _) in early.items()
-            if first and late[name][0]
-        },
+        "changes": {name: two.less(one) for name, (two, one) in changes.items() if two and one},
         "auc_by_step": auc_by_step,
         "auc_width": auc_width,  # steps at a time
         "stage_names": names or [f"stage {at}" for at, _ in enumerate(parts["all"]["stages"], 1)],
@@ -65,15 +62,12 @@ def _series(parts: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
     rows = [
         {name: part[name] for name in _BY_STEP}
         | {f"stage {at}": value for at, value in enumerate(part["stages"])}
-        | {f"problem {kind}": float(amount) for kind, amount in part["problems"].items()}
         | {name: own and own.value for name, (own, _) in part["rates"].items()}
         | {f"references: {name}": of and of.value for name, (_, of) in part["rates"].items()}
         for part in parts
     ]
-    # A step without a problem has no count of it.
-    value = lambda row, name: row.get(name, 0.0 if name.startswith("problem") else None)
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [value(row, name) for row in rows] for name in names}
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _auc_by_step(steps: Steps) -> tuple[list[tuple[float, Rate]], int]:

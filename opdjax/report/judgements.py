@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import math
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,11 +22,6 @@ _CATEGORIES = 5  # the most frequent ones have numbers of their own
 _TEXTS = ("question", "references", "answers", "reflections")
 
 
-# One criterion of a rubric: category, text, weight, is_flaw (an answer meets it by not having it),
-# is_graded (verdicts are 0, 1, 2 instead of 0, 1) and stage.
-Criterion = dict[str, Any]
-
-
 # Reading
 
 
@@ -40,7 +35,7 @@ class JudgedRow:
     step: int
     prompt_id: Any
     samples: tuple[int, ...]
-    criteria: tuple[Criterion, ...]  # empty: scored without a rubric, or failed
+    criteria: tuple[dict[str, Any], ...]  # empty: scored without a rubric, or failed
     met: np.ndarray  # [n, K], how far a rollout meets a criterion, 0 to 1
     reference_met: np.ndarray  # [m, K]
     scores: np.ndarray  # [n], 0 to 1: the rewards
@@ -154,7 +149,8 @@ def _judged(row: dict[str, Any], stages: Sequence[str]) -> JudgedRow:
     )
 
 
-def _criterion(item: dict[str, Any]) -> Criterion:
+def _criterion(item: dict[str, Any]) -> dict[str, Any]:
+    """An answer meets a flaw by not having it; graded verdicts are 0, 1, 2 instead of 0, 1."""
     return {
         "category": " ".join(str(item.get("category", "")).casefold().split()) or "no category",
         "text": str(item.get("text", "")),
@@ -165,7 +161,7 @@ def _criterion(item: dict[str, Any]) -> Criterion:
     }
 
 
-def _met(criteria: Sequence[Criterion], verdicts: Sequence[list | None]) -> np.ndarray:
+def _met(criteria: Sequence[dict[str, Any]], verdicts: Sequence[list | None]) -> np.ndarray:
     """How far each criterion is met, 0 to 1; a graded verdict of 1 counts half."""
     width = len(criteria)
     known = [one if one is not None and criteria else [math.nan] * width for one in verdicts]
@@ -175,7 +171,7 @@ def _met(criteria: Sequence[Criterion], verdicts: Sequence[list | None]) -> np.n
 
 
 def _stage_scores(
-    row: dict[str, Any], criteria: Sequence[Criterion], stages: Sequence[str]
+    row: dict[str, Any], criteria: Sequence[dict[str, Any]], stages: Sequence[str]
 ) -> np.ndarray | None:
     """The recorded scores; a stage without criteria has a recorded score of 0, here NaN."""
     lists = row.get("stage_scores")
@@ -227,9 +223,7 @@ def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> dict[st
     """
     rows = [row for group in groups for row in group.rows]
     both = lambda name: tuple(pass_rate(groups, name, of_references=of) for of in (False, True))
-    counts = lambda name: sum(
-        (collections.Counter(getattr(row, name)) for row in rows), collections.Counter()
-    )
+    tally = lambda name: sum((Counter(getattr(row, name)) for row in rows), Counter())
     scores = _rate(groups, lambda row: row.scores), _rate(groups, lambda row: row.reference_scores)
     correct = [right for group in groups if (right := group.correct) is not None]
     failed = [group.is_failed for group in groups]
@@ -248,15 +242,15 @@ def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> dict[st
         "share right": mean(np.concatenate(correct).astype(float).tolist()) if correct else None,
         **_signal(rows),
         **_truth(groups),
-        "problems": dict(counts("problems").most_common()),
-        "repairs": dict(counts("repairs").most_common()),
+        "problems": dict(tally("problems").most_common()),
+        "repairs": dict(tally("repairs").most_common()),
     }
 
 
 def categories(groups: Iterable[JudgedGroup]) -> list[str]:
     """The most frequent categories of criteria."""
     rows = (row for group in groups for row in group.rows)
-    found = collections.Counter(each["category"] for row in rows for each in row.criteria)
+    found = Counter(each["category"] for row in rows for each in row.criteria)
     return [name for name, _ in found.most_common(_CATEGORIES)]
 
 

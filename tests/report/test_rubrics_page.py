@@ -468,7 +468,6 @@ def test_start_and_end_stand_side_by_side(tmp_path):
         "Rollouts met 25 % of the criteria in the first 2 steps and 75 % in the last 2:"
         " a clear rise." in parser.all
     )
-    assert "The references' lead went from 75.0 to 25.0 points." in parser.all
 
 
 def test_the_page_of_a_random_run(random_run):
@@ -483,7 +482,7 @@ def test_the_page_of_a_random_run(random_run):
         "Criteria without signal: share of the criteria against step",
         "Telling right from wrong (AUC): AUC against step",
         "Bad updates: share of the pairs against step",
-        "Scores of right and wrong answers: share of its kind against score",
+        "Scores of right and wrong answers: answers against score",
         "Failed groups: share of the groups against step",
         "Tokens a step: tokens read and written against step",
         "Waited for judges: seconds against step",
@@ -527,7 +526,7 @@ def test_an_example_shows_who_meets_what(tmp_path):
     assert row(parser, "score", "", "")[3:6] == ["1.00", "0.71", "0.00"]
     assert row(parser, "score − group mean")[3:6] == ["", "+0.36", "−0.36"]
     assert row(parser, "the final answer is")[4:6] == ["right", "wrong"]
-    assert "Rollout 1: score 0.00, −0.36 against the group mean; wrong answer" in parser.all
+    assert "Rollout 1: score 0.00; wrong answer" in parser.all
 
 
 def test_what_judges_and_students_write_is_never_html(tmp_path):
@@ -606,11 +605,8 @@ def test_cost_by_role_and_the_share_of_the_cache(tmp_path):
         "$0.01",
     ]
     assert row(parser, "all", "48")[-2:] == ["$0.12", "$0.03"]
-    assert (
-        "48 calls (and 16 replies from the cache, 25 % of all) with 108 k tokens,"
-        " $0.12 ($0.03 a step)" in parser.all
-    )
-    assert "the learner waited for judges 40 % of its time (1 s)" in parser.all
+    assert row(parser, "all", "48")[2:6] == ["16 (25 %)", "8", "96,000", "12,000"]
+    assert "The learner waited for judges 40 % of its time (1 s)" in parser.all
 
 
 def test_the_cost_of_steps_that_were_done_again_is_counted(tmp_path):
