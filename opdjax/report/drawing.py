@@ -77,10 +77,10 @@ def figure(
     drawing = start.format(width, height, width)
     drawing += Markup(' role="img" aria-label="{}">').format(described) + _inline(out.getvalue())
     scroll = Markup('<div class="scroll" tabindex="0" role="group" aria-label="{}">{}</div>')
-    return Markup("<figure{}>{}{}{}</figure>").format(
+    return Markup("<figure{}><h3>{}</h3>{}{}</figure>").format(
         Markup(' class="wide"' if is_wide else ""),
-        Markup("<h3>{}</h3>").format(title) if title else "",
-        scroll.format(title or "drawing", drawing) if is_wide else drawing,
+        title,
+        scroll.format(title, drawing) if is_wide else drawing,
         Markup("<figcaption>{}</figcaption>").format(about) if about else "",
     )
 

@@ -59,11 +59,6 @@ class JudgedGroup:
         return np.concatenate([row.scores for row in self.rows])
 
     @property
-    def mean_score(self) -> float | None:
-        """The mean of the scores; None if fewer than two rollouts have one."""
-        return None if self.is_failed else float(np.nanmean(self.scores))
-
-    @property
     def correct(self) -> np.ndarray | None:
         """Of all rollouts; None unless known of all."""
         known = [row.correct for row in self.rows]

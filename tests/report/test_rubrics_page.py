@@ -524,7 +524,6 @@ def test_an_example_shows_who_meets_what(tmp_path):
         "0 of 2, all alike",
     ]
     assert row(parser, "score", "", "")[3:6] == ["1.00", "0.71", "0.00"]
-    assert row(parser, "score − group mean")[3:6] == ["", "+0.36", "−0.36"]
     assert row(parser, "the final answer is")[4:6] == ["right", "wrong"]
     assert "Rollout 1: score 0.00; wrong answer" in parser.all
 
