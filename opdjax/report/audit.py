@@ -22,6 +22,7 @@ EXACT = 1e-9  # enumeration is in float64
 _SAME = 0.01  # expected gradients are equal below this relative bias
 _MAX_STACK = 3.0  # limit of a chart of noise, in multiples of the noise of opd
 _LITTLE = 0.005  # a bin with a smaller share of opd's noise has no point: its ratio is rounding
+_SHORT = {"support_top_k": "k", "baseline_top_k": "k", "renormalize": "renorm."}
 NOISE_GROUPS = (
     "Same expected gradient as opd",
     "Another expected gradient",
@@ -100,7 +101,7 @@ def _subject(name: str, about: dict[str, Any]) -> dict[str, Any]:
     recipe, options = about.get("recipe"), about.get("options", {})
     is_clear = lambda value: isinstance(value, str) and value != "none"
     words = [
-        value if is_clear(value) else f"{option} {shown(value)}"
+        value if is_clear(value) else f"{_SHORT.get(option, option)} {shown(value)}"
         for option, value in options.items()
     ]
     return {
@@ -173,7 +174,7 @@ def angle_groups(rows: dict[str, dict[str, Any]], kl: str) -> Groups:
     for each in sorted(rows.values(), key=nearest):
         subject, value = each["subject"], each["degrees"][kl]
         heading = "Pitfalls" if subject["is_pitfall"] else headings.get(subject["aim"], own)
-        found[heading].append(_entry(subject, value, text=degrees(value)))
+        found[heading].append(_entry(subject, value, text=degrees(value, "none")))
     return list(found.items())
 
 

@@ -12,7 +12,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -252,11 +252,6 @@ def curves(
     """`(slot, one value per step)` columns as `smoothed` lines; `options` as in `lines`."""
     found = [line for slot, values in columns for line in smoothed(steps, values, slot)]
     return lines(title, found, y, "step", about, **options)
-
-
-def columns(series: Mapping[str, Any], names: Iterable[str]) -> list[tuple[int, Any]]:
-    """`(slot, values)` of the names for `curves`; those that the series lacks are left out."""
-    return [(slot, series[name]) for slot, name in enumerate(names) if name in series]
 
 
 def smoothed(steps: Sequence[float], values: Sequence[float | None], slot: int = 0) -> list[Line]:

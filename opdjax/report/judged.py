@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -115,15 +115,3 @@ def dollars(value: float) -> str:
     if not value:
         return "$0"
     return f"${value:,.2f}" if value >= 0.1 else f"${float(f'{value:.2g}'):g}"
-
-
-def role_columns(
-    metrics: Mapping[str, Sequence[float | None]], roles: Sequence[str], *names: str
-) -> list[tuple[int, list[float | None]]]:
-    """`(slot, values by step)` of each role: the sum of its metrics, None where none is known."""
-    found = []
-    for slot, role in enumerate(roles):
-        parts = [metrics[key] for name in names if (key := f"api/{role}/{name}") in metrics]
-        rows = ([value for value in values if value is not None] for values in zip(*parts))
-        found.append((slot, [sum(known) if known else None for known in rows]))
-    return found

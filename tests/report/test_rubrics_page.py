@@ -484,7 +484,6 @@ def test_the_page_of_a_random_run(random_run):
         "Bad updates: share of the pairs against step",
         "Scores of right and wrong answers: answers against score",
         "Failed groups: share of the groups against step",
-        "Tokens a step: tokens read and written against step",
         "Waited for judges: seconds against step",
     ):
         assert expected in labels
