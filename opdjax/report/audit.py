@@ -213,18 +213,15 @@ def _positive(row: dict[str, Any]) -> dict[str, float]:
 # Places
 
 
-def place_bars(
-    bins: list[dict[str, Any]], actions: Sequence[float | None] | None
-) -> list[tuple[int, list[float | None]]]:
-    """Contexts, their share of the KL and of opd's variance in every bin, percent."""
+def place_shares(bins: list[dict[str, Any]], actions: Sequence[float | None] | None) -> list[Line]:
+    """Shares of every bin: of the contexts, the KL, and opd's variance and action noise."""
     whole = sum(each["contexts"] for each in bins) or 1
-    shares = [(5, [each["contexts"] / whole for each in bins]), (3, actions or [])]
-    shares += [(2, [each["kl_share"] for each in bins])]
-    shares += [(1, [each["variance_share"] for each in bins])]
+    shares = [[each["contexts"] / whole for each in bins]]
+    shares += [[each[key] for each in bins] for key in ("kl_share", "variance_share")]
+    slots = (5, 2, 1, 3)
     return [
-        (slot, [100 * value if is_number(value) else None for value in values])
-        for slot, values in shares
-        if values
+        Line(range(len(bins)), values, slot=slot, has_markers=True)
+        for slot, values in zip(slots, [*shares, actions or []])
     ]
 
 

@@ -35,6 +35,8 @@ _MARGINS = (62, 10, 32, 54)  # left, right, top, bottom
 _ROUND = [1, 2, 2.5, 5, 10]  # steps between ticks
 NOTHING = Markup("")
 
+Bounds = tuple[float | None, float | None]
+
 
 def require_matplotlib() -> None:
     """Raise ImportError with what to install, before any work is done."""
@@ -201,7 +203,7 @@ def lines(
     log_y: bool = False,
     categories: Sequence[str] = (),
     reference: float | None = None,
-    bounds: tuple[float | None, float | None] = (None, None),
+    bounds: Bounds = (None, None),
     y_range: tuple[float, float] | None = None,
 ) -> Markup:
     """Lines with intervals. `categories` name x = 0, 1, 2 …; `reference` is a thin horizontal line;
@@ -272,6 +274,12 @@ def interval_line(x: Sequence[float], y: Sequence[Any], half: Sequence[Any], **s
     return Line(x, values, values - width, values + width, **{"has_markers": True} | style)
 
 
+def outline(edges: Sequence[float], counts: Sequence[float], slot: int = 0) -> Line:
+    """The filled outline of a histogram; there is one edge more than counts."""
+    y = [0.0, *np.repeat(counts, 2), 0.0]
+    return Line(np.repeat(edges, 2), y, np.zeros(len(y)), y, slot)
+
+
 def smoothing_window(num_steps: int) -> int:
     """Number of steps that a smoothed line averages over."""
     return max(1, num_steps // 12)
@@ -296,12 +304,7 @@ def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
     return np.divide(total, present, out=np.full(len(y), math.nan), where=present > 0.5)
 
 
-def _limits(
-    axes: Any,
-    found: Sequence[Line],
-    reference: float | None,
-    bounds: tuple[float | None, float | None],
-) -> tuple[float, float]:
+def _limits(axes: Any, found: Sequence[Line], reference: float | None, bounds: Bounds) -> Bounds:
     """Limits of a linear y that hold every line, most of its interval and a reference that is near.
 
     An interval several times wider than all lines together is cut at the edge.
@@ -342,32 +345,3 @@ def _paint_interval(axes: Any, line: Line) -> None:
     else:
         style = {"color": colour, "alpha": 0.13, "linewidth": 0, "zorder": 1.8}
         axes.fill_between(x, low, high, where=known, **style)
-
-
-# Bars
-
-
-def bars(
-    title: str,
-    found: Sequence[tuple[int, Sequence[float | None]]],
-    categories: Sequence[str],
-    y: str,
-    x: str,
-    about: str | None = None,
-    unit: str = "",
-) -> Markup:
-    """Bars side by side at each category: `(slot, one height per category)` for each kind."""
-
-    def paint(canvas: Any) -> None:
-        axes = axes_in(canvas, _MARGINS, "y", x, y)
-        width = 0.84 / len(found)
-        for at, (slot, heights) in enumerate(found):
-            left = np.arange(len(categories)) + width * (at - len(found) / 2)
-            known = [value if is_number(value) else 0.0 for value in heights]
-            style = {"color": SLOTS[slot], "align": "edge", "zorder": 3}
-            axes.bar(left, known, 0.9 * width, **style)
-        linear_ticks(axes.yaxis, unit=unit)
-        axes.set_xticks(range(len(categories)), categories)
-        axes.set_xlim(-0.55, len(categories) - 0.45)
-
-    return figure(title, f"{title}: {y} against {x}", _SMALL, paint, about)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from opdjax.report import judgements, measures
-from opdjax.report.judgements import JudgedGroup, Rate, Steps, summary
+from opdjax.report.judgements import JudgedGroup, summary
 from opdjax.report.text import spread
 from opdjax.runs.results import Run
 
-_AUC_BINS, _AUC_GROUPS = 12, 24  # stretches of steps at most, groups per stretch at least
 _EXAMPLES = 3  # steps
 
 
@@ -32,7 +29,6 @@ def judged_facts(run: Run) -> dict[str, Any] | None:
         for name, part in ends.items()
     }
     early, late = parts["first"]["rates"], parts["last"]["rates"]
-    auc_by_step, auc_width = _auc_by_step(steps)
     logged = [step for step, found in steps.items() if any(map(_has_texts, found))]
     changes = {name: (late[name][0], first) for name, (first, _) in early.items()}
     return {
@@ -45,8 +41,6 @@ def judged_facts(run: Run) -> dict[str, Any] | None:
         "parts": parts,  # summaries of first, last and all steps
         # Of the rollouts' rates, last minus first.
         "changes": {name: two.less(one) for name, (two, one) in changes.items() if two and one},
-        "auc_by_step": auc_by_step,
-        "auc_width": auc_width,  # steps at a time
         "stage_names": names or [f"stage {at}" for at, _ in enumerate(parts["all"]["stages"], 1)],
         "examples": {step: _example(steps[step]) for step in spread(logged, _EXAMPLES)},
         "num_logged": len(logged),  # steps with recorded texts
@@ -68,16 +62,6 @@ def _series(parts: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
     ]
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _auc_by_step(steps: Steps) -> tuple[list[tuple[float, Rate]], int]:
-    """((middle step, AUC) of stretches of steps, steps of the longest stretch)."""
-    order, groups = list(steps), sum(map(len, steps.values()))
-    size = max(1, min(_AUC_BINS, len(order), groups // _AUC_GROUPS))
-    stretches = [part.tolist() for part in np.array_split(np.array(order), size)]
-    auc = lambda part: summary([group for step in part for group in steps[step]])["auc"]
-    found = [(sum(part) / len(part), auc(part)) for part in stretches]
-    return [each for each in found if each[1] is not None], max(map(len, stretches))
 
 
 def _has_texts(group: JudgedGroup) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from opdjax.report import measures
-from opdjax.report.drawing import Line, finite
+from opdjax.report.drawing import Line, finite, outline
 from opdjax.report.text import spread
-from opdjax.runs.results import Run, is_number, read_filters
+from opdjax.runs.results import Run, read_filters
 from opdjax.runs.statistics import wilson_interval
 
 ALARM = 0.10  # nats a token: the limit of what NPD calls near-policy
@@ -58,19 +58,13 @@ def filter_facts(run: Run) -> dict[str, Any] | None:
         versions.setdefault(one["version"], []).append(one)
     is_apart, last = 1 < len(versions) <= _VERSIONS, scored[-1]
     pools = {key: pooled(own) for key, own in (versions if is_apart else {None: scored}).items()}
-    whole = _counts(scored)
-    ends = (("low", "ifd_min", "degenerate"), ("high", "ifd_max", "disconnected"))
     return {
         "kind": last["filter"],  # ifd, random or none
         "form": last.get("form", ""),
         "low": last.get("ifd_min"),
         # The distinct upper bounds, ascending: each a quantile of its file.
         "high": sorted(set(finite(one.get("ifd_max") for one in scored))),
-        # The ends beyond which there is no sample.
-        "idle": [
-            end for end, key, zone in ends if is_number(last.get(key)) and not whole[f"num_{zone}"]
-        ],
-        "whole": whole,
+        "whole": _counts(scored),
         # By number of updates of the weights that sampled.
         "versions": {version: _counts(own) for version, own in versions.items()},
         "histograms": {key: one for key, one in pools.items() if one},  # by version; None: all
@@ -125,11 +119,11 @@ def histogram_lines(
     filled = np.flatnonzero(counts)
     if not filled.size:
         return []
-    first, last = filled[0], filled[-1] + 1
-    x, y = np.repeat(edges[first : last + 1], 2), [0.0, *np.repeat(counts[first:last], 2), 0.0]
-    near = [each for each in bounds if abs(each - (x[0] + x[-1]) / 2) < 1.5 * (x[-1] - x[0])]
-    outline = Line(x, y, np.zeros(len(y)), y)
-    return [*(Line([each, each], [0.0, max(y)], slot=1) for each in near), outline]
+    edges, counts = edges[filled[0] : filled[-1] + 2], counts[filled[0] : filled[-1] + 1]
+    width, middle = edges[-1] - edges[0], (edges[0] + edges[-1]) / 2
+    near = [bound for bound in bounds if abs(bound - middle) < 1.5 * width]
+    lines = [Line([bound, bound], [0.0, max(counts)], slot=1) for bound in near]
+    return [*lines, outline(edges, counts)]
 
 
 def _examples(files: Sequence[Filter]) -> dict[str, list[dict[str, Any]]]:

@@ -480,7 +480,6 @@ def test_the_page_of_a_random_run(random_run):
         "Score: mean score against step",
         "Pass rate, task: share met against step",
         "Criteria without signal: share of the criteria against step",
-        "Telling right from wrong (AUC): AUC against step",
         "Bad updates: share of the pairs against step",
         "Scores of right and wrong answers: answers against score",
         "Failed groups: share of the groups against step",
