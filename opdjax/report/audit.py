@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from opdjax.config.recipes import PLAIN, RECIPES
 from opdjax.report.drawing import SERIES, Line
@@ -20,7 +20,6 @@ KL = {"reverse": "KL(student || teacher)", "forward": "KL(teacher || student)"}
 CLOSE = 1.0  # degrees within which an estimator points along a direction: rounding is less
 EXACT = 1e-9  # enumeration is in float64
 _SAME = 0.01  # expected gradients are equal below this relative bias
-_MAX_STACK = 3.0  # limit of a chart of noise, in multiples of the noise of opd
 _LITTLE = 0.005  # a bin with a smaller share of opd's noise has no point: its ratio is rounding
 _SHORT = {"support_top_k": "k", "baseline_top_k": "k", "renormalize": "renorm."}
 NOISE_GROUPS = (
@@ -68,8 +67,10 @@ def audit_facts(document: dict[str, Any], name: str) -> Facts:
     }
     noises, variances = document.get("gradients", {}).get("rows", {}), grouped(sampled)
     plain = noises.get(PLAIN, {})
-    sizes = _positive(plain) if plain.get("action") is not None else {}
-    whole, unit = sum(sizes.values()), plain.get("noise")
+    # A part estimated below 0 counts as 0.
+    parts = {part: plain.get(part) for part in PARTS}
+    sizes = {part: max(v or 0.0, 0.0) for part, v in parts.items() if parts["action"] is not None}
+    whole = sum(sizes.values())
     return {
         "student": model_name(document["student"]),
         "teacher": model_name(document["teacher"]),
@@ -81,11 +82,9 @@ def audit_facts(document: dict[str, Any], name: str) -> Facts:
         "vocabulary": vocabulary,  # and at random contexts
         "variances": variances,  # of logits: heading -> estimators
         "noises": grouped({key: row["noise"] for key, row in noises.items()}),  # of parameters
-        # A squared gradient: the unit of the noises.
-        "noise_of_plain": unit if is_number(unit) and unit > 0 else None,
-        # Shares of opd's noise by cause, where a negative part counts as 0.
+        # Shares of opd's noise by cause.
         "parts_of_plain": {part: round(v / whole, 2) for part, v in sizes.items()} if whole else {},
-        "has_negative_part": any((plain.get(part) or 0.0) < 0 for part in PARTS),
+        "has_negative_part": any((value or 0.0) < 0 for value in parts.values()),
         # With one draw a token and opd's gradient, by variance.
         "same_gradient": [
             key
@@ -178,36 +177,17 @@ def angle_groups(rows: dict[str, dict[str, Any]], kl: str) -> Groups:
     return list(found.items())
 
 
-def variance_groups(f: Facts) -> Groups:
-    """The rows of the chart of variances of logits."""
+def ratio_groups(f: Facts, kind: Literal["variances", "noises"]) -> Groups:
+    """The rows of the chart of variances of logits, or of noises of parameters, over opd's."""
+    noises = f["document"].get("gradients", {}).get("rows", {})
 
     def entry(name: str) -> Entry:
-        row, value = f["contexts"][name]["row"], f["contexts"][name]["row"]["variance_ratio"]
-        ends = row.get("variance_ratio_interval") or (None, None)
+        row = noises[name] if kind == "noises" else f["contexts"][name]["row"]
+        value = row.get("noise_ratio" if kind == "noises" else "variance_ratio")
+        ends = (kind == "variances" and row.get("variance_ratio_interval")) or (None, None)
         return _entry(f["subjects"][name], value, *ends, text=f"{significant(value)}×")
 
-    return [(heading, [*map(entry, names)]) for heading, names in f["variances"].items()]
-
-
-def noise_groups(f: Facts) -> tuple[Groups, float]:
-    """The rows of the chart of the noise of parameter gradients, by cause, and the limit of it."""
-    rows, unit = f["document"]["gradients"]["rows"], f["noise_of_plain"] or 1.0
-
-    def entry(name: str) -> Entry:
-        row, snr = rows[name], rows[name]["signal_to_noise"]
-        text = f"s/n {'–' if not is_number(snr) else f'{snr:.2f}' if snr else '0'}"
-        parts = tuple(size / unit for size in _positive(row).values())
-        return _entry(f["subjects"][name], row["noise"] / unit, parts=parts, text=text)
-
-    groups = [(heading, [*map(entry, names)]) for heading, names in f["noises"].items()]
-    sizes = [max(sum(e.parts), e.value or 0.0) for _, entries in groups for e in entries]
-    limit = 1.06 * (max(sizes, default=0.0) or 1.0)
-    return groups, min(limit, _MAX_STACK) if f["noise_of_plain"] else limit
-
-
-def _positive(row: dict[str, Any]) -> dict[str, float]:
-    """The parts of the noise; a part estimated below 0 counts as 0."""
-    return {part: max(row[part] or 0.0, 0.0) for part in PARTS}
+    return [(heading, [*map(entry, names)]) for heading, names in f[kind].items()]
 
 
 # Places

@@ -23,28 +23,19 @@ class Entry:
     value: float | None = None
     low: float | None = None
     high: float | None = None
-    # Sizes of the parts of a stack, drawn in the slots of PARTS. `value` is then their sum, in
-    # which a negative part counts as negative.
-    parts: tuple[float, ...] = ()
     is_warning: bool = False  # a cross instead of a dot
     text: str = ""
 
 
-Groups = Sequence[tuple[str, Sequence[Entry]]]  # a heading ("" for none) and its rows
-PARTS = (3, 4, 0)  # slots of the parts of a stack
+Groups = Sequence[tuple[str, Sequence[Entry]]]  # a heading and its rows
 _WIDTH, _ROW, _GAP, _BELOW = 520, 26, 14, 50
 
 
-def rows_of(
-    title: str, groups: Groups, x: str, *, limit: float | None = None, unit: str = ""
-) -> Markup:
-    """A row for each entry, from 0 to `limit`, where stacks are cut, with an arrow; without a
-    limit, ratios from 1 on a logarithmic axis.
-    """
+def rows_of(title: str, groups: Groups, x: str, limit: float | None = None) -> Markup:
+    """A row for each entry: degrees from 0 to `limit`, or without it ratios from 1, logarithmic."""
     rows: list[str | Entry] = []
     for heading, entries in groups:
-        rows += [heading] if heading and entries else []
-        rows += entries
+        rows += [heading, *entries] if entries else []
     every = [row for row in rows if isinstance(row, Entry)]
     if not every:
         return drawing.NOTHING
@@ -56,7 +47,7 @@ def rows_of(
         axes = drawing.axes_in(canvas, (left, right, 4, _BELOW), "x", x)
         axes.set_ylim(len(rows), 0)
         axes.set_yticks([])
-        drawing.linear_ticks(axes.xaxis, 4, unit)
+        drawing.linear_ticks(axes.xaxis, 4, unit="°")
         if limit is None:
             _ratio_scale(axes, every, width)
         else:
@@ -71,9 +62,7 @@ def rows_of(
             colour = drawing.SLOTS[1] if row.is_warning else drawing.INK
             axes.text(start, y, row.label, **beside, fontsize=size, color=colour)
             axes.text(end, y, row.text, **beside, ha="right")
-            if row.parts:
-                _stack(axes, row, y)
-            elif is_number(row.value):
+            if is_number(row.value):
                 _mark(axes, row, y, origin=int(limit is None))
 
     size = (_WIDTH, 4 + _ROW * len(rows) + _BELOW)
@@ -104,20 +93,6 @@ def _mark(axes: Any, entry: Entry, y: float, origin: int) -> None:
     size, marker = (9.5, "X") if entry.is_warning else (8.5, "o")
     dot = {"color": colour, "marker": marker, "markersize": size, "markeredgewidth": 0}
     axes.plot([value], [y], **dot, zorder=5, clip_on=False)
-
-
-def _stack(axes: Any, entry: Entry, y: float) -> None:
-    start, limit = 0.0, axes.get_xlim()[1]
-    for slot, size in zip(PARTS, entry.parts):
-        style = {"color": drawing.SLOTS[slot], "height": 0.62, "linewidth": 0, "zorder": 3}
-        axes.barh([y], [size], left=start, **style)
-        start += size
-    if is_number(entry.value) and 0 <= entry.value <= limit:
-        at = [entry.value, entry.value]
-        axes.plot(at, [y - 0.44, y + 0.44], color=drawing.INK, linewidth=2.6, zorder=5)
-    if start > limit:
-        arrow = {"marker": ">", "markersize": 9, "color": drawing.INK, "clip_on": False}
-        axes.plot([limit], [y], **arrow, zorder=5)
 
 
 # Lanes: what each process did, over time
