@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from opdjax.config.recipes import PLAIN, RECIPES
-from opdjax.report.drawing import SERIES, Line
-from opdjax.report.drawing_rows import Entry, Groups
+from opdjax.report.drawing import SERIES, Entry, Groups, Line
 from opdjax.report.measures import bucket_label, model_name
 from opdjax.report.text import percent, shown, significant
 from opdjax.runs.results import is_number

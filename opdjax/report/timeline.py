@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from opdjax.report.drawing import REST, finite
-from opdjax.report.drawing_rows import Shares
+from opdjax.report.drawing import REST, Shares, finite
 from opdjax.runs.results import Run, Span, read_timeline
 
 WARM = 0.05  # a step is warm if the learner waited for less than this share of its time
