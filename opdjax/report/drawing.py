@@ -374,7 +374,7 @@ def rows_of(title: str, groups: Groups, x: str, limit: float | None = None) -> M
     every = [row for row in rows if isinstance(row, Entry)]
     if not every:
         return NOTHING
-    left = min(max(len(entry.label) for entry in every) * LETTER + _GAP, 0.48 * _WIDTH)
+    left = min(max(len(entry.label) for entry in every) * LETTER + _GAP, 0.54 * _WIDTH)
     right = max(len(entry.text) for entry in every) * LETTER + _GAP
     width = _WIDTH - left - right
 
