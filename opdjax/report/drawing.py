@@ -1,4 +1,4 @@
-"""Drawings for the pages, as inline SVG by matplotlib: lines, bars, and what every drawing shares.
+"""Drawings for the pages, as inline SVG by matplotlib: lines, rows of names, and lanes of time.
 
 Text stays text and colours are CSS variables, so one drawing serves light and dark mode. Legends
 are HTML outside of the drawing. Every function returns a `<figure>`, or nothing where there is
@@ -12,7 +12,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,8 @@ from opdjax.runs.results import is_number
 SERIES = 6  # colours that hue, dash and marker tell apart
 REST = -1  # the slot of lines that give context only
 # matplotlib draws with these colours; `_plain` replaces them with CSS variables.
-_NAMES = ("ink", "muted", "grid", "page", *(f"series-{slot}" for slot in range(SERIES)), "rest")
-INK, MUTED, GRID, PAGE, *_SLOTS = (f"#fe01{at:02x}" for at in range(len(_NAMES)))
+_NAMES = ("ink", "muted", "grid", *(f"series-{slot}" for slot in range(SERIES)), "rest")
+INK, MUTED, GRID, *SLOTS = (f"#fe01{at:02x}" for at in range(len(_NAMES)))
 _DASHES = ((), (6, 2), (1.5, 1.5), (7, 2, 1.5, 2), (10, 2.5), (3, 2), ())  # by slot, REST last
 _MARKERS = ("o", "s", "^", "D", "v", "P", "o")
 TEXT, LETTER = 13, 7.2  # size of text and width of a letter, pixels
@@ -34,6 +34,8 @@ _SMALL = (450, 280)  # width and height of a chart, pixels
 _MARGINS = (62, 10, 32, 54)  # left, right, top, bottom
 _ROUND = [1, 2, 2.5, 5, 10]  # steps between ticks
 NOTHING = Markup("")
+
+Bounds = tuple[float | None, float | None]
 
 
 def require_matplotlib() -> None:
@@ -77,10 +79,10 @@ def figure(
     drawing = start.format(width, height, width)
     drawing += Markup(' role="img" aria-label="{}">').format(described) + _inline(out.getvalue())
     scroll = Markup('<div class="scroll" tabindex="0" role="group" aria-label="{}">{}</div>')
-    return Markup("<figure{}>{}{}{}</figure>").format(
+    return Markup("<figure{}><h3>{}</h3>{}{}</figure>").format(
         Markup(' class="wide"' if is_wide else ""),
-        Markup("<h3>{}</h3>").format(title) if title else "",
-        scroll.format(title or "drawing", drawing) if is_wide else drawing,
+        title,
+        scroll.format(title, drawing) if is_wide else drawing,
         Markup("<figcaption>{}</figcaption>").format(about) if about else "",
     )
 
@@ -123,11 +125,6 @@ def axes_in(
     axes.text(0.5, -28 / inner[1], x, ha="center", va="top", **style)
     axes.text((3 - left) / inner[0], 1 + 11 / inner[1], y, **style)
     return axes
-
-
-def colour_of(slot: int) -> str:
-    """The colour that matplotlib draws a slot with."""
-    return _SLOTS[slot]
 
 
 def dashes(slot: int) -> str:
@@ -206,7 +203,7 @@ def lines(
     log_y: bool = False,
     categories: Sequence[str] = (),
     reference: float | None = None,
-    bounds: tuple[float | None, float | None] = (None, None),
+    bounds: Bounds = (None, None),
     y_range: tuple[float, float] | None = None,
 ) -> Markup:
     """Lines with intervals. `categories` name x = 0, 1, 2 …; `reference` is a thin horizontal line;
@@ -215,7 +212,6 @@ def lines(
     found = [line for line in found if any(map(is_number, line.y))]
     if not found:
         return NOTHING
-    is_many = sum(line.slot != REST for line in found) > 1
 
     def paint(canvas: Any) -> None:
         axes = axes_in(canvas, _MARGINS, "y", x, y)
@@ -224,18 +220,19 @@ def lines(
         axes.set_yscale("log" if log_y else "linear")
         axes.minorticks_off()
         for line in found:
-            _paint_line(axes, line, is_many=is_many)
+            _paint_line(axes, line)
         needed = axes.get_ylim() if log_y else _limits(axes, found, reference, bounds)
         axes.set_ylim(*(y_range or needed))
         for line in found:
-            _paint_interval(axes, line, is_many=is_many)
+            _paint_interval(axes, line)
         if reference is not None:
             axes.axhline(reference, color=MUTED, linewidth=0.9, dashes=(4, 3))
+        places = sorted({float(value) for line in found for value in line.x})
+        linear_ticks(axes.xaxis, integer=all(place.is_integer() for place in places))
+        linear_ticks(axes.yaxis)
         for axis, is_log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
-            linear_ticks(axis, integer=axis is axes.xaxis)
             if is_log:
                 axis.set_ticks(log_ticks(*axis.get_view_interval(), 200))
-        places = sorted({float(value) for line in found for value in line.x})
         if log_x and len(places) <= 6:
             axes.set_xticks(places)
         if categories:
@@ -259,11 +256,6 @@ def curves(
     return lines(title, found, y, "step", about, **options)
 
 
-def columns(series: Mapping[str, Any], names: Iterable[str]) -> list[tuple[int, Any]]:
-    """`(slot, values)` of the names for `curves`; those that the series lacks are left out."""
-    return [(slot, series[name]) for slot, name in enumerate(names) if name in series]
-
-
 def smoothed(steps: Sequence[float], values: Sequence[float | None], slot: int = 0) -> list[Line]:
     """A faint line through every step, and a strong one smoothed where there are enough steps; of a
     metric that most steps lack, a line through the known values.
@@ -282,6 +274,12 @@ def interval_line(x: Sequence[float], y: Sequence[Any], half: Sequence[Any], **s
     return Line(x, values, values - width, values + width, **{"has_markers": True} | style)
 
 
+def outline(edges: Sequence[float], counts: Sequence[float], slot: int = 0) -> Line:
+    """The filled outline of a histogram; there is one edge more than counts."""
+    y = [0.0, *np.repeat(counts, 2), 0.0]
+    return Line(np.repeat(edges, 2), y, np.zeros(len(y)), y, slot)
+
+
 def smoothing_window(num_steps: int) -> int:
     """Number of steps that a smoothed line averages over."""
     return max(1, num_steps // 12)
@@ -290,7 +288,7 @@ def smoothing_window(num_steps: int) -> int:
 def smoothing_note(num_steps: int) -> str:
     """What the two lines of a smoothed chart are; empty where charts are not smoothed."""
     window = smoothing_window(num_steps)
-    return f" Faint line: every step. Strong line: mean over {window} steps." if window > 1 else ""
+    return f" Faint line: every step; strong line: mean over {window} steps." if window > 1 else ""
 
 
 def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
@@ -306,22 +304,15 @@ def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
     return np.divide(total, present, out=np.full(len(y), math.nan), where=present > 0.5)
 
 
-def _limits(
-    axes: Any,
-    found: Sequence[Line],
-    reference: float | None,
-    bounds: tuple[float | None, float | None],
-) -> tuple[float, float]:
+def _limits(axes: Any, found: Sequence[Line], reference: float | None, bounds: Bounds) -> Bounds:
     """Limits of a linear y that hold every line, most of its interval and a reference that is near.
 
     An interval several times wider than all lines together is cut at the edge.
     """
     low, high = axes.get_ylim()
-    if reference is not None and 0.5 * low < reference < 2 * high:
-        margin = 0.06 * (high - low)
-        low, high = min(low, reference - margin), max(high, reference + margin)
+    near = [reference] if reference is not None and 0.5 * low < reference < 2 * high else []
     sides = (side for line in found if line.slot != REST for side in (line.low, line.high))
-    ends = finite(value for side in sides if side is not None for value in side)
+    ends = finite([*near, *(value for side in sides if side is not None for value in side)])
     ends = np.clip(ends, 2 * low - high, 2 * high - low)
     low, high = min([low, *ends]), max([high, *ends])
     edge = 0.02 * (high - low)  # a line along a bound stays visible
@@ -330,97 +321,144 @@ def _limits(
     return low, high if above is None else min(high, above + edge)
 
 
-def _paint_line(axes: Any, line: Line, *, is_many: bool) -> None:
+def _paint_line(axes: Any, line: Line) -> None:
     is_rest = line.slot == REST
     style: dict[str, Any] = {
         "linewidth": 0.8 if line.is_faint or is_rest else 1.9,
         "alpha": 0.4 if line.is_faint else 1.0,
         "zorder": 1.5 if is_rest else 2.0 if line.is_faint else 3.0,
+        "dashes": () if line.is_faint else _DASHES[line.slot],
     }
-    if is_many and not line.is_faint and _DASHES[line.slot]:
-        style["dashes"] = _DASHES[line.slot]
     if line.has_markers:
         style |= {"marker": _MARKERS[line.slot], "markersize": 5, "markeredgewidth": 0}
     # matplotlib simplifies long lines and keeps their spikes.
-    axes.plot(line.x, np.asarray(line.y, float), color=colour_of(line.slot), **style)
+    axes.plot(line.x, np.asarray(line.y, float), color=SLOTS[line.slot], **style)
 
 
-def _paint_interval(axes: Any, line: Line, *, is_many: bool) -> None:
+def _paint_interval(axes: Any, line: Line) -> None:
     if line.low is None or line.slot == REST:
         return
     x, low, high = (np.asarray(each, float) for each in (line.x, line.low, line.high))
-    known, colour = np.isfinite(low) & np.isfinite(high), colour_of(line.slot)
+    known, colour = np.isfinite(low) & np.isfinite(high), SLOTS[line.slot]
     if line.bars:
         axes.vlines(x[known], low[known], high[known], colour, linewidth=1.2, zorder=2.5)
     else:
-        band = {"color": colour, "alpha": 0.1 if is_many else 0.16, "linewidth": 0}
-        axes.fill_between(x, low, high, where=known, zorder=1.8, **band)
+        style = {"color": colour, "alpha": 0.13, "linewidth": 0, "zorder": 1.8}
+        axes.fill_between(x, low, high, where=known, **style)
 
 
-# Bars
+# Rows: one per name, with its mark and its number
 
 
 @dataclasses.dataclass(frozen=True)
-class Bars:
-    """Bars of one kind: heights at the categories, or from `left` with `width`."""
+class Entry:
+    """A row: its name, its mark, and its number as `text`."""
 
-    heights: Sequence[float | None]
-    slot: int
-    is_pale: bool = False
-    left: Sequence[float] = ()
-    width: Sequence[float] = ()
+    label: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    is_warning: bool = False  # a cross instead of a dot
+    text: str = ""
 
 
-def bars(
-    title: str,
-    found: Sequence[Bars],
-    y: str,
-    x: str,
-    about: str | None = None,
-    *,
-    categories: Sequence[str] = (),
-    x_range: tuple[float, float] | None = None,
-    marks: Sequence[float | None] = (),
-    unit: str = "",
-) -> Markup:
-    """Bars of several kinds, side by side at each category, or at their own places in `x_range`.
+Groups = Sequence[tuple[str, Sequence[Entry]]]  # a heading and its rows
+_WIDTH, _ROW, _GAP, _BELOW = 520, 26, 14, 50
 
-    `marks` are two bounds on the x axis, drawn as lines, or named at the edge beyond which they
-    are; None is no bound.
-    """
-    if not any(any(map(is_number, each.heights)) for each in found):
+
+def rows_of(title: str, groups: Groups, x: str, limit: float | None = None) -> Markup:
+    """A row for each entry: degrees from 0 to `limit`, or without it ratios from 1, logarithmic."""
+    rows: list[str | Entry] = []
+    for heading, entries in groups:
+        rows += [heading, *entries] if entries else []
+    every = [row for row in rows if isinstance(row, Entry)]
+    if not every:
         return NOTHING
+    left = min(max(len(entry.label) for entry in every) * LETTER + _GAP, 0.54 * _WIDTH)
+    right = max(len(entry.text) for entry in every) * LETTER + _GAP
+    width = _WIDTH - left - right
 
     def paint(canvas: Any) -> None:
-        axes = axes_in(canvas, _MARGINS, "y", x, y)
-        width = 0.84 / len(found)
-        for at, each in enumerate(found):
-            shift = width * (at - len(found) / 2)
-            left = each.left or [place + shift for place in range(len(categories))]
-            heights = [value if is_number(value) else 0.0 for value in each.heights]
-            style = {"color": colour_of(each.slot), "alpha": 0.35 if each.is_pale else 1.0}
-            axes.bar(left, heights, each.width or 0.9 * width, align="edge", zorder=3, **style)
-        linear_ticks(axes.yaxis, unit=unit)
-        if categories:
-            axes.set_xticks(range(len(categories)), categories)
-            axes.set_xlim(-0.55, len(categories) - 0.45)
-            return
-        linear_ticks(axes.xaxis)
-        axes.set_xlim(*x_range)
-        for bound, side in zip(marks, ("right", "left")):
-            if bound is not None:
-                _bound(axes, bound, side, *x_range)
+        axes = axes_in(canvas, (left, right, 4, _BELOW), "x", x)
+        axes.set_ylim(len(rows), 0)
+        axes.set_yticks([])
+        linear_ticks(axes.xaxis, 4, unit="°")
+        if limit is None:
+            _ratio_scale(axes, every, width)
+        else:
+            axes.set_xlim(0, limit)
+        beside = {"transform": axes.get_yaxis_transform(), "va": "center"}
+        start, end = -left / width, 1 + right / width  # edges of the figure
+        for y, row in zip(np.arange(len(rows)) + 0.5, rows):
+            if isinstance(row, str):
+                axes.text(start, y, row, **beside, color=MUTED, zorder=6, weight="bold")
+                continue
+            size = TEXT * min(1, (left - _GAP) / (len(row.label) * LETTER))
+            colour = SLOTS[1] if row.is_warning else INK
+            axes.text(start, y, row.label, **beside, fontsize=size, color=colour)
+            axes.text(end, y, row.text, **beside, ha="right")
+            if is_number(row.value):
+                _mark(axes, row, y, origin=int(limit is None))
 
-    return figure(title, f"{title}: {y} against {x}", _SMALL, paint, about)
+    size = (_WIDTH, 4 + _ROW * len(rows) + _BELOW)
+    return figure(title, f"{title}: {x}", size, paint)
 
 
-def _bound(axes: Any, bound: float, side: str, low: float, high: float) -> None:
-    at, text = bound, f" {tick(bound)} "
-    if bound < low:
-        at, side, text = low, "left", f"← bound {tick(bound)}"
-    elif bound > high:
-        at, side, text = high, "right", f"bound {tick(bound)} →"
-    else:
-        axes.axvline(bound, color=INK, linewidth=1.2, dashes=(4, 3), zorder=4)
-    style = {"transform": axes.get_xaxis_transform(), "va": "bottom", "color": INK}
-    axes.text(at, 1.0, text, ha=side, **style)
+def _ratio_scale(axes: Any, every: Sequence[Entry], width: float) -> None:
+    values = finite(value for e in every for value in (e.value, e.low, e.high))
+    ends = [value for value in values if value > 0]
+    low, high = min([*ends, 0.8]) / 1.1, max([*ends, 1.25]) * 1.1
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    linear_ticks(axes.xaxis, unit="×")
+    axes.set_xticks(log_ticks(low, high, width))
+    axes.minorticks_off()
+    axes.axvline(1, color=INK, linewidth=1.2, zorder=2)
+
+
+def _mark(axes: Any, entry: Entry, y: float, origin: int) -> None:
+    """A pale bar from the origin to a dot, or a cross, and the interval."""
+    least = axes.get_xlim()[0]
+    colour, value = SLOTS[1 if entry.is_warning else 0], max(entry.value, least)
+    bar = {"height": 0.56, "color": colour, "alpha": 0.3, "linewidth": 0}
+    axes.barh([y], [value - origin], left=origin, **bar, zorder=2.5)
+    if is_number(entry.low) and is_number(entry.high):
+        ends = [max(entry.low, least), entry.high]
+        axes.plot(ends, [y, y], color=colour, linewidth=2.2, zorder=3)
+    size, marker = (9.5, "X") if entry.is_warning else (8.5, "o")
+    dot = {"color": colour, "marker": marker, "markersize": size, "markeredgewidth": 0}
+    axes.plot([value], [y], **dot, zorder=5, clip_on=False)
+
+
+# Lanes: what each process did, over time
+
+Shares = Sequence[tuple[int, np.ndarray]]  # (slot, its share of each stretch of time)
+
+
+def lanes(
+    title: str, edges: np.ndarray, found: dict[str, Shares], cuts: Sequence[float] = ()
+) -> Markup:
+    """A lane for each process: the shares of each stretch between two `edges` (seconds), stacked,
+    waiting on top. Dotted lines mark `cuts`.
+    """
+    width, names, below = 1120, 84, 44
+
+    def paint(canvas: Any) -> None:
+        axes = axes_in(canvas, (names, 10, 0, below), None, "seconds")
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        for row, shares in enumerate(found.values()):
+            floor = np.full(len(edges), row + 0.375)  # y points down
+            for slot, share in sorted(shares, key=lambda each: each[0] == REST):
+                top = np.maximum(floor - 0.75 * np.append(share, share[-1]), row - 0.375)
+                style = {"color": SLOTS[slot], "linewidth": 0}
+                axes.fill_between(edges, floor, top, step="post", **style)
+                floor = top
+        for cut in cuts:
+            axes.axvline(cut, color=INK, linewidth=1.2, dashes=(1.5, 1.5), zorder=5)
+        axes.set_yticks(range(len(found)), found, color=INK)
+        linear_ticks(axes.xaxis, 10)
+
+    described = f"{title}: lanes of {' and '.join(found)} over time"
+    size = (width, len(found) * 62 + below)
+    return figure(title, described, size, paint, is_wide=True)

@@ -1,17 +1,14 @@
-"""Judges' verdicts and scores of a run, read from rubrics.jsonl, and the statistics of them.
-
-Only numbers; the sections draw them.
-"""
+"""Judges' verdicts and scores of a run, read from rubrics.jsonl, and the statistics of them."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import math
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,24 +18,11 @@ from opdjax.runs.workdir import WorkdirError, read_lines
 
 ROWS, SPENDING = "rubrics.jsonl", "spending.jsonl"
 ALL = "all criteria"
-OTHER = "other"  # all categories that are too rare for a chart of their own
-_CATEGORIES = 4
+_CATEGORIES = 5  # the most frequent ones have numbers of their own
 _TEXTS = ("question", "references", "answers", "reflections")
 
 
 # Reading
-
-
-@dataclasses.dataclass(frozen=True)
-class CriterionRow:
-    """One criterion of a rubric. An answer meets a flaw by not having it."""
-
-    category: str
-    text: str
-    weight: float
-    is_flaw: bool
-    is_graded: bool  # verdicts are 0, 1, 2 instead of 0, 1
-    stage: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +35,7 @@ class JudgedRow:
     step: int
     prompt_id: Any
     samples: tuple[int, ...]
-    criteria: tuple[CriterionRow, ...]  # empty: scored without a rubric, or failed
+    criteria: tuple[dict[str, Any], ...]  # empty: scored without a rubric, or failed
     met: np.ndarray  # [n, K], how far a rollout meets a criterion, 0 to 1
     reference_met: np.ndarray  # [m, K]
     scores: np.ndarray  # [n], 0 to 1: the rewards
@@ -73,11 +57,6 @@ class JudgedGroup:
     def scores(self) -> np.ndarray:
         """Of all rollouts; NaN where judging failed."""
         return np.concatenate([row.scores for row in self.rows])
-
-    @property
-    def mean_score(self) -> float | None:
-        """The mean of the scores; None if fewer than two rollouts have one."""
-        return None if self.is_failed else float(np.nanmean(self.scores))
 
     @property
     def correct(self) -> np.ndarray | None:
@@ -125,22 +104,23 @@ def read_judgements(workdir: pathlib.Path, stages: Sequence[str] = ()) -> Steps:
 
 def _wrong_fields(row: dict[str, Any]) -> list[str]:
     """The fields of a row that are missing or of the wrong type or length."""
+    rubric, samples = row.get("rubric"), row.get("samples")
     is_list = lambda value: isinstance(value, list)
     is_criterion = lambda item: isinstance(item, dict) and is_number(item.get("weight"))
-    rubric = row.get("rubric")
-    is_right = {name: is_list(row.get(name)) for name in ("samples", "scores")}
-    is_right |= {"step": type(row.get("step")) is int, "prompt_id": "prompt_id" in row}
+    is_right = {"step": type(row.get("step")) is int, "prompt_id": "prompt_id" in row}
+    is_right |= {"samples": is_list(samples), "scores": is_list(row.get("scores"))}
     is_right["rubric"] = rubric is None or (is_list(rubric) and all(map(is_criterion, rubric)))
-    if not all(is_right.values()):
-        return [name for name, right in is_right.items() if not right]
-    size, width = len(row["samples"]), len(rubric or ())
-    is_sized = lambda value: is_list(value) and len(value) == size
-    for name in ("scores", "verdicts", "correct", "stage_scores"):
-        is_right[f"{name} (one a sample)"] = row.get(name) is None or is_sized(row[name])
-    is_verdict = lambda one: is_list(one) and len(one) == width and all(map(is_number, one))
-    for name in ("verdicts", "reference_verdicts"):
-        lists = [one for one in row.get(name) or () if one is not None]
-        is_right[f"{name} (one a criterion)"] = rubric is None or all(map(is_verdict, lists))
+    if all(is_right.values()):
+        for name in ("scores", "verdicts", "correct", "stage_scores"):
+            value = row.get(name)
+            is_right[f"{name} (one a sample)"] = value is None or (
+                is_list(value) and len(value) == len(samples)
+            )
+        size = len(rubric or ())
+        is_verdict = lambda one: is_list(one) and len(one) == size and all(map(is_number, one))
+        for name in ("verdicts", "reference_verdicts") if rubric is not None else ():
+            lists = [one for one in row.get(name) or () if one is not None]
+            is_right[f"{name} (one a criterion)"] = all(map(is_verdict, lists))
     return [name for name, right in is_right.items() if not right]
 
 
@@ -164,28 +144,29 @@ def _judged(row: dict[str, Any], stages: Sequence[str]) -> JudgedRow:
     )
 
 
-def _criterion(item: dict[str, Any]) -> CriterionRow:
-    return CriterionRow(
-        category=" ".join(str(item.get("category", "")).casefold().split()) or "no category",
-        text=str(item.get("text", "")),
-        weight=float(item["weight"]),
-        is_flaw=item.get("polarity") == "negative",
-        is_graded=item.get("grade") == "graded",
-        stage=item.get("stage"),
-    )
+def _criterion(item: dict[str, Any]) -> dict[str, Any]:
+    """An answer meets a flaw by not having it; graded verdicts are 0, 1, 2 instead of 0, 1."""
+    return {
+        "category": " ".join(str(item.get("category", "")).casefold().split()) or "no category",
+        "text": str(item.get("text", "")),
+        "weight": float(item["weight"]),
+        "is_flaw": item.get("polarity") == "negative",
+        "is_graded": item.get("grade") == "graded",
+        "stage": item.get("stage"),
+    }
 
 
-def _met(criteria: Sequence[CriterionRow], verdicts: Sequence[list | None]) -> np.ndarray:
+def _met(criteria: Sequence[dict[str, Any]], verdicts: Sequence[list | None]) -> np.ndarray:
     """How far each criterion is met, 0 to 1; a graded verdict of 1 counts half."""
     width = len(criteria)
     known = [one if one is not None and criteria else [math.nan] * width for one in verdicts]
     found = np.array(known, float).reshape(len(verdicts), width)
-    found = found / np.array([2.0 if criterion.is_graded else 1.0 for criterion in criteria])
-    return np.where(np.array([criterion.is_flaw for criterion in criteria], bool), 1 - found, found)
+    found = found / np.array([2.0 if each["is_graded"] else 1.0 for each in criteria])
+    return np.where(np.array([each["is_flaw"] for each in criteria], bool), 1 - found, found)
 
 
 def _stage_scores(
-    row: dict[str, Any], criteria: Sequence[CriterionRow], stages: Sequence[str]
+    row: dict[str, Any], criteria: Sequence[dict[str, Any]], stages: Sequence[str]
 ) -> np.ndarray | None:
     """The recorded scores; a stage without criteria has a recorded score of 0, here NaN."""
     lists = row.get("stage_scores")
@@ -193,7 +174,7 @@ def _stage_scores(
     if not width:
         return None
     found = np.array([[math.nan] * width if one is None else _floats(one) for one in lists], float)
-    judged = {criterion.stage for criterion in criteria}
+    judged = {criterion["stage"] for criterion in criteria}
     if len(stages) == width and judged - {None}:
         found[:, [stage not in judged for stage in stages]] = math.nan
     return found
@@ -216,8 +197,7 @@ def all_groups(steps: Steps) -> list[JudgedGroup]:
 # Numbers of some groups
 
 
-@dataclasses.dataclass(frozen=True)
-class Rate:
+class Rate(NamedTuple):
     """A mean, half its 95 % interval (infinite for one group) and its number of values."""
 
     value: float
@@ -230,127 +210,55 @@ class Rate:
         return Rate(self.value - other.value, half, min(self.count, other.count))
 
 
-Rates = tuple[Rate | None, Rate | None]  # of rollouts, of references
+def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> dict[str, Any]:
+    """The numbers of the groups; None: not known.
 
-
-@dataclasses.dataclass(frozen=True)
-class Signal:
-    """Numbers of criteria of rubrics that judged at least two rollouts."""
-
-    num_criteria: int
-    met_by_all: int
-    met_by_none: int
-    alike: int  # the same verdict for all rollouts; includes the two above
-
-    @property
-    def share(self) -> float | None:
-        """Share of the criteria without signal: training cannot use them."""
-        return self.alike / self.num_criteria if self.num_criteria else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Pairs of a right and a wrong answer to one prompt, by which one has the higher score."""
-
-    right: int
-    tied: int
-    wrong: int
-
-    @property
-    def total(self) -> int:
-        """The number of pairs."""
-        return self.right + self.tied + self.wrong
-
-
-@dataclasses.dataclass(frozen=True)
-class Truth:
-    """Scores of right and wrong answers; `auc` is over all rollouts, `pairs` inside of groups."""
-
-    num_right: int
-    num_wrong: int
-    mean_right: float | None
-    mean_wrong: float | None
-    auc: Rate | None  # its count is the number of right-wrong pairs
-    pairs: Pairs
-    histogram: tuple[list[int], list[int]]  # right and wrong answers by tenth of the score
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """Numbers of some groups. None: not known.
-
-    `rates`: the mean `score`, and `met: CATEGORY`, the share of criteria met, without weights.
+    `rates` of (rollouts, references): the mean `score`, and `met: CATEGORY`, the share of criteria
+    met, without weights, of the `named` categories and of ALL. The others are counts and shares.
     """
-
-    num_groups: int
-    num_failed: int
-    num_rollouts: int
-    num_unscored: int
-    rates: dict[str, Rates]
-    stages: list[float | None]  # mean score of each stage
-    signal: Signal
-    tied: float | None  # share of the groups with scores whose rollouts all have the same score
-    num_criteria: float | None  # mean number in a rubric
-    share_right: float | None  # of rollouts whose correctness is known, scored or not
-    truth: Truth
-    problems: dict[str, int]
-    repairs: dict[str, int]
-
-
-def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> Summary:
-    """The numbers of the groups, with rates of the `named` categories and of ALL criteria."""
     rows = [row for group in groups for row in group.rows]
-    both = lambda name: tuple(
-        pass_rate(groups, name, named, of_references=o) for o in (False, True)
-    )
-    problems, repairs = collections.Counter(), collections.Counter()
-    for row in rows:
-        problems.update(row.problems)
-        repairs.update(row.repairs)
+    both = lambda name: tuple(pass_rate(groups, name, of_references=of) for of in (False, True))
+    tally = lambda name: sum((Counter(getattr(row, name)) for row in rows), Counter())
     scores = _rate(groups, lambda row: row.scores), _rate(groups, lambda row: row.reference_scores)
     correct = [right for group in groups if (right := group.correct) is not None]
-    return Summary(
-        num_groups=len(groups),
-        num_failed=sum(group.is_failed for group in groups),
-        num_rollouts=sum(group.scores.size for group in groups),
-        num_unscored=sum(int((~np.isfinite(group.scores)).sum()) for group in groups),
-        rates={"score": scores} | {f"met: {name}": both(name) for name in (*named, ALL)},
-        stages=_stage_means(rows),
-        signal=_signal(rows),
-        tied=mean(float(group.is_tied) for group in groups if not group.is_failed),
-        num_criteria=mean(len(row.criteria) for row in rows if row.criteria),
-        share_right=mean(np.concatenate(correct).astype(float).tolist()) if correct else None,
-        truth=_truth(groups),
-        problems=dict((+problems).most_common()),
-        repairs=dict((+repairs).most_common()),
-    )
+    failed = [group.is_failed for group in groups]
+    return {
+        "num_groups": len(groups),
+        "num_failed": sum(failed),
+        "failed groups": mean(map(float, failed)),
+        "num_rollouts": sum(group.scores.size for group in groups),
+        "num_unscored": sum(int((~np.isfinite(group.scores)).sum()) for group in groups),
+        "rates": {"score": scores} | {f"met: {name}": both(name) for name in (*named, ALL)},
+        "stages": _stage_means(rows),
+        # Groups with scores whose rollouts all have the same score.
+        "tied groups": mean(float(group.is_tied) for group in groups if not group.is_failed),
+        "criteria": mean(len(row.criteria) for row in rows if row.criteria),  # in a rubric
+        # Of rollouts whose correctness is known, scored or not.
+        "share right": mean(np.concatenate(correct).astype(float).tolist()) if correct else None,
+        **_signal(rows),
+        **_truth(groups),
+        "problems": dict(tally("problems").most_common()),
+        "repairs": dict(tally("repairs").most_common()),
+    }
 
 
 def categories(groups: Iterable[JudgedGroup]) -> list[str]:
-    """The categories of criteria, the most frequent first; rare ones are merged into OTHER."""
+    """The most frequent categories of criteria."""
     rows = (row for group in groups for row in group.rows)
-    found = collections.Counter(c.category for row in rows for c in row.criteria).most_common()
-    names = [name for name, _ in found]
-    return names if len(names) <= _CATEGORIES + 1 else [*names[:_CATEGORIES], OTHER]
+    found = Counter(each["category"] for row in rows for each in row.criteria)
+    return [name for name, _ in found.most_common(_CATEGORIES)]
 
 
 def pass_rate(
-    groups: Sequence[JudgedGroup],
-    category: str = ALL,
-    named: Sequence[str] = (),
-    *,
-    of_references: bool = False,
+    groups: Sequence[JudgedGroup], category: str = ALL, *, of_references: bool = False
 ) -> Rate | None:
-    """Share of criteria met, without weights, over rollouts (or references) with verdicts.
-
-    `category`: only that one; OTHER: all that are not in `named`. None without verdicts.
+    """Share of criteria met, without weights, over rollouts (or references) with verdicts; None
+    without verdicts.
     """
 
     def values(row: JudgedRow) -> np.ndarray:
         met = row.reference_met if of_references else row.met
-        own = (criterion.category for criterion in row.criteria)
-        is_other = lambda name: category == OTHER and name not in named
-        return met[:, [category in (ALL, name) or is_other(name) for name in own]].ravel()
+        return met[:, [category in (ALL, each["category"]) for each in row.criteria]].ravel()
 
     return _rate(groups, values)
 
@@ -371,33 +279,50 @@ def _stage_means(rows: Iterable[JudgedRow]) -> list[float | None]:
     return [mean(column.tolist()) for column in np.concatenate(known).T] if known else []
 
 
-def _signal(rows: Iterable[JudgedRow]) -> Signal:
-    counts = np.zeros(4, int)
-    for row in (row for row in rows if row.criteria):
+def _signal(rows: Iterable[JudgedRow]) -> dict[str, float | None]:
+    """Shares of the criteria that judged at least two rollouts and gave all the same verdict."""
+    counts = np.zeros(4)
+    for row in rows:
         known = row.met[np.isfinite(row.met).all(axis=1)]
-        if len(known) > 1:  # a single rollout is always like itself
+        if row.criteria and len(known) > 1:  # a single rollout is always like itself
             alike = (known == known[0]).all(axis=0)
-            all_, none = (alike & (known[0] == value) for value in (1, 0))
-            counts += [alike.size, all_.sum(), none.sum(), alike.sum()]
-    return Signal(*map(int, counts))
+            by_all, by_none = (alike & (known[0] == value) for value in (1, 0))
+            counts += [alike.size, alike.sum(), by_all.sum(), by_none.sum()]
+    total, *found = counts.tolist()
+    names = ("alike", "met by all", "met by none")
+    return {name: number / total if total else None for name, number in zip(names, found)}
 
 
-def _truth(groups: Iterable[JudgedGroup]) -> Truth:
-    known = []
-    for group in groups:
-        has = np.isfinite(group.scores)
-        if group.correct is not None and has.any():
-            known.append((group.scores[has], group.correct[has]))
+def _truth(groups: Iterable[JudgedGroup]) -> dict[str, Any]:
+    """Scores of right and wrong answers: `auc` over all pairs of a right and a wrong rollout, and
+    shares of the `num_pairs` inside of groups; `histogram` by tenth of the score.
+    """
+    known = [
+        (group.scores[has], correct[has])
+        for group in groups
+        if (correct := group.correct) is not None and (has := np.isfinite(group.scores)).any()
+    ]
     empty = np.empty(0), np.empty(0, bool)
     scores, is_right = map(np.concatenate, zip(empty, *known))
-    sides = scores[is_right], scores[~is_right]
-    auc, count = None, sides[0].size * sides[1].size
+    right, wrong = scores[is_right], scores[~is_right]
+    auc, count = None, right.size * wrong.size
     if count:
         group = np.repeat(np.arange(len(known)), [own.size for own, _ in known])
         auc = Rate(*clustered_auc(scores, is_right, group), count)
-    signs = [np.sign(own[right][:, None] - own[~right]).ravel() for own, right in known]
-    pairs = Pairs(*(sum(int((one == sign).sum()) for one in signs) for sign in (1, 0, -1)))
-    sizes, means = (one.size for one in sides), (mean(one.tolist()) for one in sides)
+    pairs = [np.sign(own[good][:, None] - own[~good]).ravel() for own, good in known]
+    signs = np.concatenate([empty[0], *pairs])
+    share = lambda sign: mean((signs == sign).astype(float).tolist())
     # A little is added, so that rounding does not move 0.3 down.
-    tenths = (np.histogram(np.minimum(one + 1e-7, 1), 10, (0, 1))[0].tolist() for one in sides)
-    return Truth(*sizes, *means, auc, pairs, tuple(tenths))
+    tenths = lambda one: np.histogram(np.minimum(one + 1e-7, 1), 10, (0, 1))[0].tolist()
+    return {
+        "num_right": right.size,
+        "num_wrong": wrong.size,
+        "mean_right": mean(right.tolist()),
+        "mean_wrong": mean(wrong.tolist()),
+        "auc": auc,
+        "num_pairs": signs.size,
+        "right higher": share(1),
+        "tied pairs": share(0),
+        "bad updates": share(-1),
+        "histogram": (tenths(right), tenths(wrong)),
+    }

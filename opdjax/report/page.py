@@ -99,6 +99,6 @@ def _facts(directory: pathlib.Path, against: pathlib.Path | None) -> tuple[str, 
     )
 
 
-def _audit(directory: pathlib.Path) -> audit.AuditFacts:
+def _audit(directory: pathlib.Path) -> dict[str, Any]:
     document = read_json(directory / AUDIT, "run opdjax audit again")
     return audit_facts(document, directory.resolve().name)

@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from opdjax.config import PACKAGE
-from opdjax.report import drawing, drawing_rows, text
+from opdjax.report import drawing, text
 from opdjax.runs.results import is_number
 
 _ASSETS = PACKAGE / "assets" / "report"
@@ -48,7 +48,7 @@ def environment() -> jinja2.Environment:
     )
     made.filters |= exported(text)
     made.tests["finite"] = is_number
-    made.globals |= exported(text, drawing, drawing_rows)
+    made.globals |= exported(text, drawing)
     made.globals |= {each.__name__: each for each in (zip, contents, is_number)}
     return made
 

@@ -34,7 +34,9 @@ def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, A
         "name": run.workdir.resolve().name,
         "student": measures.model_name(run.config["student"]["path"]),
         "teacher": measures.model_name(run.config["teacher"]["path"]),
-        "judge": _judge_name(run) if recipe and recipe.is_judged else None,
+        "judge": measures.model_name((run.config.get("verifier") or {}).get("model") or "a judge")
+        if recipe and recipe.is_judged
+        else None,
         "recipe": run.config["estimator"]["recipe"],
         "description": recipe.description if recipe else "",
         "options": {key: shown(v) for key, v in measures.estimator_options(run).items()},
@@ -59,7 +61,12 @@ def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, A
         "config": run.config,
         "steps": steps,
         "metrics": {key: run.column(key) for key in keys},
-        "kl": _ends(run, "kl/student_teacher", length),
+        # At the first step, and the mean over the last `length` steps.
+        "kl": {
+            "first": next(iter(finite(run.column("kl/student_teacher"))), None),
+            "last": measures.end_mean(run, "kl/student_teacher"),
+            "length": length,
+        },
         "is_kl_sampled": _is_kl_sampled(run, recipe),
         "signal_to_noise": _signal_to_noise(run),  # of the gradient, by step
         "is_all_wrong": bool(rows) and not has_right_answer(run.evaluations),
@@ -83,16 +90,6 @@ def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, A
 
 
 _LONG = ("answers", "per_prompt", "per_prompt_greedy", "per_prompt_pass")  # not on the page
-
-
-def _judge_name(run: Run) -> str:
-    return measures.model_name((run.config.get("verifier") or {}).get("model") or "a judge")
-
-
-def _ends(run: Run, key: str, length: int) -> dict[str, float | None]:
-    """A metric at the first step, and its mean over the last `length` steps."""
-    first = next(iter(finite(run.column(key))), None)
-    return {"first": first, "last": measures.end_mean(run, key), "length": length}
 
 
 def _is_kl_sampled(run: Run, recipe: Recipe | None) -> bool:
@@ -171,14 +168,10 @@ def token_table(row: Mapping[str, Any]) -> tuple[list[str], list[tuple[Any, ...]
     top = lambda pieces: ", ".join(
         f"‘{visible(piece)}’\u00a0{percent(share)}" for piece, share in pieces or ()
     )
-    fields = {
-        "advantage": ("advantages", fixed),
-        "student p": ("student_logprobs", probability),
-        "teacher p": ("teacher_logprobs", probability),
-        "teacher's top 5": ("teacher_top", top),
-        "KL, nats": ("kl", fixed),
-        "reward": ("rewards", fixed),
-    }
+    fields = {"advantage": ("advantages", fixed), "student p": ("student_logprobs", probability)}
+    fields |= {"teacher p": ("teacher_logprobs", probability)}
+    fields |= {"teacher's top 5": ("teacher_top", top)}
+    fields |= {"KL, nats": ("kl", fixed), "reward": ("rewards", fixed)}
     pieces = (row.get("tokens") or ())[:MAX_TOKENS]
     size, found = len(pieces), {"token": [*map(visible, pieces)]}
     for heading, (field, write) in fields.items():
@@ -194,14 +187,10 @@ def token_table(row: Mapping[str, Any]) -> tuple[list[str], list[tuple[Any, ...]
 
 def _settings(run: Run) -> list[dict[str, str | None]]:
     """Every setting with its value; `default` is set where the value differs from it."""
-    defaults = measures.leaves(to_dict(Config()))
-
-    def default(name: str, value: Any) -> str | None:
-        if name not in defaults:
-            return "no such setting now"
-        return None if defaults[name] == value else shown(defaults[name])
-
+    defaults = {name: shown(v) for name, v in measures.leaves(to_dict(Config())).items()}
+    found = {name: shown(v) for name, v in measures.leaves(run.config).items()}
+    default = {name: defaults.get(name, "no such setting now") for name in found}
     return [
-        {"name": name, "value": shown(value), "default": default(name, value)}
-        for name, value in measures.leaves(run.config).items()
+        {"name": name, "value": value, "default": None if default[name] == value else default[name]}
+        for name, value in found.items()
     ]

@@ -5,37 +5,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from opdjax.report.drawing import REST, finite
-from opdjax.report.drawing_rows import Bar
+from opdjax.report.drawing import REST, Shares, finite
 from opdjax.runs.results import Run, Span, read_timeline
 
 WARM = 0.05  # a step is warm if the learner waited for less than this share of its time
 _STEPS = 30  # in the window that shows every span
 _PAUSE = 0.1  # gaps longer than this share of all recorded time are cut out of the axis
-_MANY_SPANS, _BINS = 600, 240  # more spans are drawn as shares of time, in at most 240 bins
+_MANY_EDGES, _BINS = 600, 240  # more spans are drawn as shares of time, in at most 240 bins
 # The colour of each kind of span: grey for waiting, and one colour for all work of the teacher.
-KINDS = {
-    "wait": REST,
-    "admit": REST,
-    "generate": 1,
-    "annotate": 3,
-    "teacher": 3,
-    "store": 4,
-    "filter": 2,
-    "pack": 2,
-    "update": 0,
-    "publish": 5,
-}
+KINDS = {"wait": REST, "admit": REST, "generate": 1, "annotate": 3, "teacher": 3}
+KINDS |= {"store": 4, "filter": 2, "pack": 2, "update": 0, "publish": 5}
 # The stages of the pipeline, with the spans that belong to them.
 _STAGES = {name: (name,) for name in ("generate", "annotate", "filter", "store", "pack")}
 _STAGES["train"] = ("teacher", "update", "publish")
 
-Lanes = dict[str, list[Span]]  # spans by process, on a clock that starts at 0
+Lanes = Mapping[str, Sequence[Span]]  # spans by process, on a clock that starts at 0
 
 
 def timeline_facts(run: Run) -> dict[str, Any] | None:
@@ -59,7 +48,7 @@ def timeline_facts(run: Run) -> dict[str, Any] | None:
     learner, length = lanes.get("learner", []), at(busy[-1][1])
     steps = waits(learner)
     warm = warm_after(steps)
-    window, window_steps = _window(lanes, steps) or (None, None)
+    window, window_steps = _window(lanes) or (None, None)
     every = [span for spans in lanes.values() for span in spans]
     stages = {
         stage: sum(span.seconds for span in every if span.what in parts)
@@ -71,8 +60,6 @@ def timeline_facts(run: Run) -> dict[str, Any] | None:
         "cuts": [at(end) for end in ends],  # times of the pauses that were cut out
         "cut_seconds": float(lost.sum()),
         "kinds": {who: _kinds(spans) for who, spans in lanes.items()},
-        # By process: seconds in no span, and their share.
-        "untimed": {who: _untimed(spans) for who, spans in lanes.items()},
         "idle": idle_share(steps),
         "warm_after": warm,
         "idle_warm": None if warm is None else idle_share(steps[warm:]),
@@ -127,7 +114,7 @@ def idle_share(steps: Sequence[tuple[float, float]]) -> float | None:
 def _overlap(lanes: Lanes) -> float | None:
     """Share of the generator's working time in which the learner worked too."""
     generating, learning = (
-        [span for span in lanes.get(who, ()) if _colour(span.what) != REST]
+        [span for span in lanes.get(who, ()) if KINDS.get(span.what) != REST]
         for who in ("generator", "learner")
     )
     if not generating or not learning:
@@ -136,62 +123,41 @@ def _overlap(lanes: Lanes) -> float | None:
     return max(0.0, both) / (_length(generating) or 1.0)
 
 
-def _colour(kind: str) -> int:
-    return KINDS.get(kind, 5)
-
-
-def _length(spans: Sequence[Span]) -> float:
+def _length(spans: Iterable[Span]) -> float:
     """Seconds that the spans cover."""
     return sum(end - start for start, end in covered(spans))
 
 
 def _kinds(spans: Sequence[Span]) -> dict[str, dict[str, float | None]]:
-    """Of each kind of span of a process, in the order of KINDS; `share` is of the time from the
-    first span to the last.
+    """Of each kind of span of a process, in the order of KINDS, and of time in no span; `share` is
+    of the time from the first span to the last.
     """
     length, found = spans[-1].end - spans[0].start, {}
-    names = {span.what for span in spans}
-    for kind in [*(name for name in KINDS if name in names), *sorted(names - KINDS.keys())]:
-        seconds = [span.seconds for span in spans if span.what == kind]
-        found[kind] = {
-            "count": len(seconds),
-            "seconds": sum(seconds),
-            "share": sum(seconds) / length if length else None,
-            "median": statistics.median(seconds),
-        }
+    by_kind: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for span in spans:
+        by_kind.setdefault(span.what, []).append(span.seconds)
+    rest = length - _length(spans)
+    by_kind["in no span"] = [rest] if rest > 5e-4 * length else []
+    for kind, seconds in by_kind.items():
+        if seconds:
+            share = sum(seconds) / length if length else None
+            found[kind] = {"count": len(seconds), "seconds": sum(seconds), "share": share}
+            found[kind]["median"] = statistics.median(seconds)
     return found
 
 
-def _untimed(spans: Sequence[Span]) -> tuple[float, float]:
-    length = spans[-1].end - spans[0].start
-    rest = length - _length(spans)
-    return (rest, rest / length) if length and rest > 5e-4 * length else (0.0, 0.0)
-
-
-def _window(
-    lanes: Lanes, waited: Sequence[tuple[float, float]]
-) -> tuple[tuple[float, float], tuple[int, int]] | None:
-    """((start, end), (first, last step)) of some steps, from the first warm step on.
-
-    If the generator does nothing then, the window is around the learner's last long wait.
-    """
+def _window(lanes: Lanes) -> tuple[tuple[float, float], tuple[int, int]] | None:
+    """((start, end), (first, last step)) of some steps around the generator's last work."""
     spans = lanes.get("learner", [])
     steps = sorted({span.step for span in spans})
     if len(steps) < 3:
         return None
-
-    def around(place: int) -> tuple[tuple[float, float], tuple[int, int]]:
-        place = max(0, min(place, len(steps) - _STEPS))
-        first, last = steps[place], steps[place : place + _STEPS][-1]
-        inside = [span for span in spans if first <= span.step <= last]
-        return (min(s.start for s in inside), max(s.end for s in inside)), (first, last)
-
-    found = around(max(warm_after(waited) or 1, 1))
-    start, end = found[0]
-    if any(span.end > start and span.start < end for span in lanes.get("generator", ())):
-        return found
-    long = [at for at, (wait, seconds) in enumerate(waited) if wait >= WARM * seconds]
-    return around(max(long, default=0) - _STEPS // 3)
+    last = max((span.step for span in lanes.get("generator", ())), default=steps[-1])
+    place = sum(step < last for step in steps) - _STEPS // 3
+    shown = steps[max(0, min(place, len(steps) - _STEPS)) :][:_STEPS]
+    inside = [span for span in spans if shown[0] <= span.step <= shown[-1]]
+    ends = min(span.start for span in inside), max(span.end for span in inside)
+    return ends, (shown[0], shown[-1])
 
 
 def _speeds(run: Run, learner: Sequence[Span], seconds: float) -> dict[str, Any]:
@@ -210,31 +176,24 @@ def _speeds(run: Run, learner: Sequence[Span], seconds: float) -> dict[str, Any]
 # For the drawing
 
 
-def bars_between(facts: dict[str, Any], start: float, end: float) -> dict[str, list[Bar]]:
-    """The spans inside a window, from its start on, with the numbers of their steps."""
+def shares_of_time(lanes: Lanes, start: float, end: float) -> tuple[np.ndarray, dict[str, Shares]]:
+    """(edges of stretches of time, seconds from `start`; by process, the share of each stretch that
+    each colour takes). Stretches end where a span does, or, of very many spans, are equal.
+    """
+    times = [time for spans in lanes.values() for s in spans for time in (s.start, s.end)]
+    edges = np.unique(np.clip([start, end, *times], start, end))
+    if len(edges) > _MANY_EDGES:
+        # Bins of few steps would show where their edges fall, not how time was spent.
+        steps = max(len({span.step for span in spans}) for spans in lanes.values())
+        edges = np.linspace(start, end, min(_BINS, max(12, steps // 5)) + 1)
 
-    def bar(span: Span) -> Bar:
-        text = str(span.step) if span.what in ("generate", "update") else ""
-        sides = max(span.start, start) - start, min(span.end, end) - start
-        return Bar(*sides, _colour(span.what), text)
+    def shares(spans: Sequence[Span]) -> Shares:
+        by_slot: dict[int, list[Span]] = {}
+        for span in spans:
+            by_slot.setdefault(KINDS.get(span.what, 5), []).append(span)
+        return [(slot, busy_shares(own, edges)) for slot, own in by_slot.items()]
 
-    found = {who: map(bar, spans) for who, spans in facts["lanes"].items()}
-    return {who: [each for each in bars if each.end > each.start] for who, bars in found.items()}
-
-
-def shares_of_time(facts: dict[str, Any]) -> dict[str, list[tuple[int, np.ndarray]]] | None:
-    """For very many spans: the share of each stretch of time that each colour takes; else None."""
-    lanes = facts["lanes"]
-    if sum(map(len, lanes.values())) <= _MANY_SPANS:
-        return None
-    # Bins of few steps would show where their edges fall, not how time was spent.
-    steps = max(len({span.step for span in spans}) for spans in lanes.values())
-    edges = np.linspace(0.0, facts["length"], min(_BINS, max(12, steps // 5)) + 1)
-    own = lambda who, kind: [span for span in lanes[who] if span.what == kind]
-    return {
-        who: [(_colour(kind), busy_shares(own(who, kind), edges)) for kind in kinds]
-        for who, kinds in facts["kinds"].items()
-    }
+    return edges - start, {who: shares(spans) for who, spans in lanes.items()}
 
 
 def busy_shares(spans: Sequence[Span], edges: np.ndarray) -> np.ndarray:

@@ -232,8 +232,8 @@ def test_it_has_every_section_and_says_what_was_measured(page):
         " 2 answers each." in page.all
     )
     assert (
-        "opdjax 0.1.0, commit c0ffeec0ffee, jax 0.10.2, python 3.11.7, on cpu, machine x86_64,"
-        " 2 cores" in page.all
+        f"Made with opdjax 0.1.0, commit {('c0ffee' * 7)[:40]}, jax 0.10.2, python 3.11.7,"
+        " machine x86_64, cores 2, devices cpu." in page.all
     )
 
 
@@ -260,14 +260,6 @@ def test_each_section_has_a_sentence_from_its_numbers(page):
         "1 of 3 cases have one of the two exact gradients in expectation; the largest bias is that"
         " of “stale, token_mask, baseline full” (25 %). A baseline changes the expectation in 1 of"
         " 1 cases, most in “stale, token_mask, baseline full” (40 %)."
-    )
-    assert (
-        "Time per token ranges from 2 µs (opd) to 3 µs (full_kl reverse, 1.5 times opd)."
-        in told(page, "costs")
-    )
-    assert told(page, "pitfalls") == (
-        "4 of 5 known pitfalls were measured here; k1_direct has no direction; token weights that"
-        " depend on the batch change the gradient by up to 37.5 % (mean_of_means)."
     )
 
 

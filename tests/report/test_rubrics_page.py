@@ -236,6 +236,13 @@ def groups_of(tmp_path, rows, stages=()):
     return judgements.all_groups(read_judgements(directory, stages))
 
 
+def pairs_of(groups):
+    """Pairs of a right and a wrong answer by which one is higher: right, tied, wrong."""
+    found = summary(groups)
+    names = ("right higher", "tied pairs", "bad updates")
+    return tuple(round(found["num_pairs"] * found[name], 9) for name in names)
+
+
 @pytest.fixture(scope="module")
 def random_run(tmp_path_factory):
     return read(write_judged(tmp_path_factory.mktemp("judged") / "run", random_rows()))
@@ -286,9 +293,9 @@ def test_criteria_that_all_rollouts_meet_alike_have_no_signal(tmp_path):
         judged(1, 2, ((1, 1, 1, 1),)),  # one rollout alone cannot be told from another
         failed(1, 3),
     ]
-    found = summary(groups_of(tmp_path, rows)).signal
-    assert (found.num_criteria, found.met_by_all, found.met_by_none, found.alike) == (5, 2, 1, 3)
-    assert found.share == pytest.approx(0.6)
+    found = summary(groups_of(tmp_path, rows))
+    names = ("met by all", "met by none", "alike")
+    assert [found[name] for name in names] == pytest.approx([2 / 5, 1 / 5, 3 / 5])
 
 
 def test_tied_and_failed_groups(tmp_path):
@@ -305,8 +312,8 @@ def test_tied_and_failed_groups(tmp_path):
         True,
         True,
     ]  # one score is nothing to compare
-    assert summary(groups).tied == 0.5
-    assert summary(groups).num_failed == 2
+    assert summary(groups)["tied groups"] == 0.5
+    assert summary(groups)["num_failed"] == 2
 
 
 def test_the_auc_counts_pairs_of_all_prompts_and_ties_by_half(tmp_path):
@@ -320,12 +327,11 @@ def test_the_auc_counts_pairs_of_all_prompts_and_ties_by_half(tmp_path):
     ]
     groups = groups_of(tmp_path, rows)
     # right 1, 0, 0.5 against wrong 0.5, 0: 1 + 1, 0 + 0.5, 0.5 + 1 of six.
-    assert summary(groups).truth.auc.value == pytest.approx(4 / 6)
-    assert summary(groups).truth.auc.count == 6
-    assert summary(groups[:1]).truth.auc.value == pytest.approx(1 / 2)
-    found = summary(groups).truth.pairs
-    assert (found.right, found.tied, found.wrong) == (2, 0, 1)
-    assert summary(groups).share_right == 0.5
+    assert summary(groups)["auc"].value == pytest.approx(4 / 6)
+    assert summary(groups)["auc"].count == 6
+    assert summary(groups[:1])["auc"].value == pytest.approx(1 / 2)
+    assert pairs_of(groups) == (2, 0, 1)
+    assert summary(groups)["share right"] == 0.5
 
 
 def test_the_interval_of_an_auc_is_about_as_wide_as_repeated_draws_are(tmp_path):
@@ -351,7 +357,7 @@ def test_the_interval_of_an_auc_is_about_as_wide_as_repeated_draws_are(tmp_path)
             )
             for at in range(30)
         ]
-        found = summary([judgements.JudgedGroup((one,)) for one in rows]).truth.auc
+        found = summary([judgements.JudgedGroup((one,)) for one in rows])["auc"]
         values.append(found.value)
         widths.append(found.half_width)
     assert 0.9 < np.mean(np.abs(np.array(values) - np.mean(values)) < widths) < 0.99
@@ -360,8 +366,7 @@ def test_the_interval_of_an_auc_is_about_as_wide_as_repeated_draws_are(tmp_path)
 def test_a_bad_update_is_a_pair_whose_wrong_answer_scores_higher(tmp_path):
     verdicts = ((1, 1, 1), (1, 0, 0), (1, 0, 0), (1, 1, 0))
     (group,) = groups_of(tmp_path, [judged(1, 0, verdicts, correct=[1, 1, 0, 0])])
-    found = summary([group]).truth.pairs
-    assert (found.right, found.tied, found.wrong) == (2, 1, 1)
+    assert pairs_of([group]) == (2, 1, 1)
 
 
 def test_rubrics_of_single_rollouts_make_one_group(tmp_path):
@@ -369,8 +374,8 @@ def test_rubrics_of_single_rollouts_make_one_group(tmp_path):
     rows += [judged(1, 5, ((1, 0),), correct=[0], samples=[0])]  # the same prompt once more
     groups = groups_of(tmp_path, rows)
     assert [len(group.scores) for group in groups] == [2, 1]
-    assert summary(groups[:1]).truth.pairs.right == 1
-    assert summary(groups).signal.share is None
+    assert pairs_of(groups[:1])[0] == 1
+    assert summary(groups)["alike"] is None
 
 
 def test_a_stage_that_no_criterion_looks_at_has_no_score(tmp_path):
@@ -378,17 +383,16 @@ def test_a_stage_that_no_criterion_looks_at_has_no_score(tmp_path):
     rows = [judged(1, 0, ((1, 0), (0, 0)), criteria, stage_scores=[[0.0, 0.5], [0.0, 0.0]])]
     both = [criterion(1, stage="work"), criterion(2, stage="answer")]
     rows.append(judged(1, 1, ((1, 0), None), both, stage_scores=[[1.0, 0.0], None]))
-    means = summary(groups_of(tmp_path, rows, STAGES)).stages
+    means = summary(groups_of(tmp_path, rows, STAGES))["stages"]
     assert means == pytest.approx([1.0, 0.5 / 3])
 
 
-def test_rare_categories_are_drawn_together(tmp_path):
+def test_only_the_most_frequent_categories_have_numbers_of_their_own(tmp_path):
     names = ["a", "b", "c", "d", "e", "f"]
     criteria = [criterion(at + 1, name) for at, name in enumerate([*names, *names[:4]])]
     groups = groups_of(tmp_path, [judged(1, 0, ([1] * 4 + [1, 0] + [1] * 4, [0] * 10), criteria)])
-    named = judgements.categories(groups)
-    assert named == ["a", "b", "c", "d", "other"]
-    assert pass_rate(groups, "other", named).value == 0.25
+    assert judgements.categories(groups) == ["a", "b", "c", "d", "e"]
+    assert pass_rate(groups, "e").value == 0.5
 
 
 def test_what_is_read_back_is_what_the_run_has_told(tmp_path):
@@ -423,23 +427,25 @@ def test_what_is_read_back_is_what_the_run_has_told(tmp_path):
     right = [[rng.randint(0, 1) for _ in range(3)] for _ in told]
     rows = [as_row(one, 1, correct, has_texts=True) for one, correct in zip(told, right)]
     groups, expected = groups_of(tmp_path, rows), metrics_of(told, right)
-    assert summary(groups).rates["score"][0].value == pytest.approx(
+    assert summary(groups)["rates"]["score"][0].value == pytest.approx(
         expected["rubric/reward_mean"], abs=1e-5
     )
-    assert summary(groups).rates["score"][1].value == pytest.approx(
+    assert summary(groups)["rates"]["score"][1].value == pytest.approx(
         expected["rubric/reference_score_mean"], abs=1e-5
     )
-    assert summary(groups).truth.auc.value == pytest.approx(expected["rubric/auc"])
-    assert summary(groups).num_criteria == expected["rubric/num_criteria"]
+    assert summary(groups)["auc"].value == pytest.approx(expected["rubric/auc"])
+    assert summary(groups)["criteria"] == expected["rubric/num_criteria"]
     several = [
         one for one in told if sum(found is not None for found in one.scores) > 1
     ]  # of one rollout nothing can be alike
-    assert summary(groups).signal.share == pytest.approx(
+    assert summary(groups)["alike"] == pytest.approx(
         metrics_of(several, None)["rubric/no_signal_share"]
     )
-    assert summary(groups).tied == pytest.approx(metrics_of(several, None)["rubric/tied_groups"])
-    assert summary(groups).problems == {"empty": 12}
-    assert summary(groups).repairs == {"prose": 24}
+    assert summary(groups)["tied groups"] == pytest.approx(
+        metrics_of(several, None)["rubric/tied_groups"]
+    )
+    assert summary(groups)["problems"] == {"empty": 12}
+    assert summary(groups)["repairs"] == {"prose": 24}
 
 
 # The page
@@ -462,7 +468,6 @@ def test_start_and_end_stand_side_by_side(tmp_path):
         "Rollouts met 25 % of the criteria in the first 2 steps and 75 % in the last 2:"
         " a clear rise." in parser.all
     )
-    assert "The references' lead went from 75.0 to 25.0 points." in parser.all
 
 
 def test_the_page_of_a_random_run(random_run):
@@ -475,11 +480,9 @@ def test_the_page_of_a_random_run(random_run):
         "Score: mean score against step",
         "Pass rate, task: share met against step",
         "Criteria without signal: share of the criteria against step",
-        "Telling right from wrong (AUC): AUC against step",
         "Bad updates: share of the pairs against step",
-        "Scores of right and wrong answers: share of its kind against score",
+        "Scores of right and wrong answers: answers against score",
         "Failed groups: share of the groups against step",
-        "Tokens a step: tokens read and written against step",
         "Waited for judges: seconds against step",
     ):
         assert expected in labels
@@ -519,9 +522,8 @@ def test_an_example_shows_who_meets_what(tmp_path):
         "0 of 2, all alike",
     ]
     assert row(parser, "score", "", "")[3:6] == ["1.00", "0.71", "0.00"]
-    assert row(parser, "score − group mean")[3:6] == ["", "+0.36", "−0.36"]
     assert row(parser, "the final answer is")[4:6] == ["right", "wrong"]
-    assert "Rollout 1: score 0.00, −0.36 against the group mean; wrong answer" in parser.all
+    assert "Rollout 1: score 0.00; wrong answer" in parser.all
 
 
 def test_what_judges_and_students_write_is_never_html(tmp_path):
@@ -600,11 +602,8 @@ def test_cost_by_role_and_the_share_of_the_cache(tmp_path):
         "$0.01",
     ]
     assert row(parser, "all", "48")[-2:] == ["$0.12", "$0.03"]
-    assert (
-        "48 calls (and 16 replies from the cache, 25 % of all) with 108 k tokens,"
-        " $0.12 ($0.03 a step)" in parser.all
-    )
-    assert "the learner waited for judges 40 % of its time (1 s)" in parser.all
+    assert row(parser, "all", "48")[2:6] == ["16 (25 %)", "8", "96,000", "12,000"]
+    assert "The learner waited for judges 40 % of its time (1 s)" in parser.all
 
 
 def test_the_cost_of_steps_that_were_done_again_is_counted(tmp_path):
@@ -645,14 +644,6 @@ def test_a_damaged_row_is_named(tmp_path, changes, named):
     )
     with pytest.raises(WorkdirError, match=f"row 2 is no judgement: {named}"):
         write_report(directory)
-
-
-def test_without_rows_the_metrics_tell(tmp_path):
-    parser = read(
-        write_judged(tmp_path / "run", [], metrics=[judge_metric(step) for step in range(1, 7)])
-    )
-    assert "rubrics.jsonl is missing or empty" in parser.all
-    assert {"rubrics", "judge-cost"} <= set(parser.ids)
 
 
 def test_a_judged_run_that_has_only_begun(tmp_path):
