@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import zlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
+from jaxtyping import Array, UInt
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 
@@ -23,6 +29,7 @@ class UnreadableCheckpointError(ValueError):
 
 
 _BEST = "avg@k"  # the score whose best checkpoint is kept: it has the least noise
+_RECORD = "opdjax"  # name of what is stored beside the arrays: digests, scores, rows of the logs
 
 
 class Checkpointer:
@@ -36,7 +43,7 @@ class Checkpointer:
         is_read_only: bool = False,
     ):
         # Orbax logs every step of every save; failures surface as exceptions.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         best = BestN(
             get_metric_fn=lambda metrics: metrics[_BEST],
             n=1,
@@ -50,8 +57,10 @@ class Checkpointer:
             read_only=is_read_only,
             create=not is_read_only,
         )
+        _check_scores(epath.Path(directory))
+        self._handler = ocp.StandardCheckpointHandler()
         self._manager = ocp.CheckpointManager(
-            epath.Path(directory), options=options, item_handlers=ocp.StandardCheckpointHandler()
+            epath.Path(directory), options=options, item_handlers=self._handler
         )
 
     @property
@@ -66,40 +75,122 @@ class Checkpointer:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the evaluated checkpoint with the highest metric; None if none was evaluated."""
-        scored = {step: self._manager.metrics(step) for step in self.steps}
+        """Step of the evaluated checkpoint with the highest metric; None if none was evaluated.
+        UnreadableCheckpointError if a metric is damaged.
+        """
+        scored = {step: self._read(step, self._scores) for step in self.steps}
         scored = {step: metrics[_BEST] for step, metrics in scored.items() if metrics}
         return max(scored, key=scored.get) if scored else None
 
-    def save(self, step: int, state: Any, evaluation: dict[str, float] | None = None) -> None:
-        """Start to write `state`, which may be donated as soon as this returns."""
+    def save(
+        self,
+        step: int,
+        state: Any,
+        evaluation: dict[str, float] | None = None,
+        logs: dict[str, Any] | None = None,
+    ) -> None:
+        """Start to write `state`, which may be donated as soon as this returns. `logs` says which
+        rows of the run's logs belong before it.
+        """
         if jax.default_backend() == "cpu":
             # On CPU the writer's host copy would be a view of the buffers that are donated next.
             state = jax.tree.map(jnp.copy, state)
-        self._manager.save(step, args=ocp.args.StandardSave(state), metrics=evaluation)
+        record = {"digests": digests(state), "scores": evaluation, "logs": logs}
+        self._manager.save(
+            step,
+            args=ocp.args.StandardSave(state),
+            metrics=evaluation,
+            custom_metadata={_RECORD: record, "crc32": _crc32(record)},
+        )
 
-    def restore(self, step: int, like: Any) -> Any:
+    def logs(self, step: int) -> dict[str, Any]:
+        """The `logs` that were saved with a step; empty if none were."""
+        return self._read(step, self._record).get("logs") or {}
+
+    def restore(
+        self, step: int, like: Any, on_all: Callable[[Callable[[], Any]], Any] = lambda read: read()
+    ) -> Any:
         """The state of a step, with the shapes and shardings of `like`; CheckpointShapeError if it
         belongs to another model or optimizer, UnreadableCheckpointError if it is damaged.
+
+        `on_all` runs a function in every process of the run, and fails in all if it fails in one.
         """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        self._check_params(step, target.params)
-        try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(target))
-        except ValueError as error:
-            raise CheckpointShapeError(
-                f"checkpoint {step} is damaged, or from a run with another optimizer: "
-                f"{_first_line(error)}; {self._advice(step)}"
-            ) from error
+        known = on_all(partial(self._check, step, target))
+        state = on_all(partial(self._read, step, partial(self._arrays, target=target)))
+        if known is None:
+            print(f"note: checkpoint {step} is of an earlier version: no digests to check it by")
+            return state
+        found = digests(state)
+        if damaged := [name for name, digest in known.items() if found[name] != digest]:
+            raise UnreadableCheckpointError(
+                f"checkpoint {step} is damaged: {len(damaged)} of its {len(known)} arrays differ "
+                f"from what was saved, first {damaged[0]}; {self._advice(step)}"
+            )
+        return state
 
-    def _check_params(self, step: int, wanted: Any) -> None:
-        """CheckpointShapeError that lists every mismatched parameter; orbax itself names none."""
+    def set_aside(self, step: int) -> epath.Path:
+        """Rename the directory of a step, so that it is not used again; returns the new path. Then
+        every process calls `reload`.
+        """
+        path = self._manager.directory / str(step)
+        path.with_name(f"{step}.damaged").rmtree(missing_ok=True)
+        return path.rename(path.with_name(f"{step}.damaged"))
+
+    def reload(self) -> None:
+        """Look again for the checkpoints in the directory."""
+        self._manager.reload()
+
+    def _read(self, step: int, read: Callable[[int], Any]) -> Any:
+        """The result of `read`; UnreadableCheckpointError if it fails."""
         try:
-            stored = flatten_dict(self._manager.item_metadata(step).tree["params"], sep=".")
-        except (ValueError, OSError, KeyError, AttributeError) as error:
+            return read(step)
+        except CheckpointShapeError:
+            raise
+        except Exception as error:  # TensorStore and orbax also raise bare Exceptions
             raise UnreadableCheckpointError(
                 f"checkpoint {step} is damaged: {_first_line(error)}; {self._advice(step)}"
             ) from error
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What was stored beside the arrays; empty in checkpoints of earlier versions."""
+        metadata = self._manager.metadata(step)
+        if metadata.commit_timestamp_nsecs is None:
+            raise ValueError("its _CHECKPOINT_METADATA is missing or no JSON")
+        stored = metadata.custom_metadata or {}
+        record = stored.get(_RECORD, {})
+        if stored.get("crc32", _crc32({})) != _crc32(record):
+            raise ValueError("its record of digests is not what was saved")
+        return record
+
+    def _scores(self, step: int) -> dict[str, float] | None:
+        found, record = self._manager.metrics(step), self._record(step)
+        if record and found != record["scores"]:
+            raise ValueError("its scores are not what was saved")
+        return found
+
+    def _arrays(self, step: int, target: Any) -> Any:
+        # Not by the manager: it has a barrier at which the others would wait for one that fails.
+        path = self._manager.directory / str(step) / "default"
+        return self._handler.restore(path, args=ocp.args.StandardRestore(target))
+
+    def _check(self, step: int, target: Any) -> dict[str, int] | None:
+        """The digests of a step, once its arrays have the names and shapes of `target`; None if it
+        has no digests.
+        """
+        self._check_params(step, target.params)
+        known = self._read(step, self._record).get("digests")
+        if known is not None and (other := known.keys() ^ _named(target).keys()):
+            raise CheckpointShapeError(
+                f"checkpoint {step} is from a run with another optimizer: the two differ in "
+                f"{len(other)} arrays, first {min(other)}; {self._advice(step)}"
+            )
+        return known
+
+    def _check_params(self, step: int, wanted: Any) -> None:
+        """CheckpointShapeError that lists every mismatched parameter; orbax itself names none."""
+        tree = self._read(step, lambda step: self._manager.item_metadata(step).tree["params"])
+        stored = flatten_dict(tree, sep=".")
         wanted = flatten_dict(wanted, sep=".")
         problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
         problems += [f"{name} is not in this model" for name in stored.keys() - wanted.keys()]
@@ -115,10 +206,10 @@ class Checkpointer:
             )
 
     def _advice(self, step: int) -> str:
-        earlier = [other for other in self.steps if other != step]
+        others = [other for other in self.steps if other != step]
         return (
-            f"delete {self._manager.directory / str(step)} to use another one (there are "
-            f"{earlier}), or start in a new work directory"
+            f"delete {self._manager.directory / str(step)} to use another one (there are {others}),"
+            " or continue with --checkpoint.on-damage previous, or start in a new work directory"
         )
 
     def wait(self) -> None:
@@ -130,5 +221,54 @@ class Checkpointer:
         self._manager.close()
 
 
+def _check_scores(directory: epath.Path) -> None:
+    """UnreadableCheckpointError for scores that orbax cannot read: it reads them all at once."""
+    for file in sorted(directory.glob("*/metrics/metrics")):
+        try:
+            json.loads(file.read_text())
+        except ValueError as error:
+            raise UnreadableCheckpointError(
+                f"{file} is damaged: {error}; delete {file.parent.parent} to use another checkpoint"
+            ) from error
+
+
+def digests(state: Any) -> dict[str, int]:
+    """A 32-bit digest of each array, by its path. It depends on values and their places alone, so
+    it is the same on every mesh.
+    """
+    found = jax.device_get({name: _digest(array) for name, array in _named(state).items()})
+    return {name: int(digest) for name, digest in found.items()}
+
+
+@jax.jit
+def _digest(array: Array) -> UInt[Array, ""]:
+    # A sum of integers is exact in any order. Each term mixes the bits of a value with its index
+    # (steps of MurmurHash3's finalizer), so that no two changes cancel but by chance.
+    array = array.astype(jnp.uint8) if array.dtype == bool else array
+    word = jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
+    words = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
+    index = jnp.uint32(0)
+    for axis, size in enumerate(words.shape):
+        place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index = index * np.uint32(size) + place
+    mixed = words + index * np.uint32(0x9E3779B1)
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
+    mixed ^= mixed >> 16
+    while mixed.ndim:  # twice as fast on CPU as all axes at once
+        mixed = jnp.sum(mixed, axis=-1, dtype=jnp.uint32)
+    return mixed
+
+
+def _named(state: Any) -> dict[str, Any]:
+    paths, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+
+
+def _crc32(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].partition(" [tensorstore_spec")[0].rstrip(".")
+    text = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0].rstrip(".")
+    return f"{type(error).__name__}: {text}"[:300]

@@ -64,7 +64,7 @@ UNUSUAL = Config(
     evaluation=EvaluationConfig(
         None, "boxed", 3, 4, (0.8, 0.5), 0.95, 5, 32, 25, ("prompt=problem", "benchmark=of")
     ),
-    checkpoint=CheckpointConfig(10, 3),
+    checkpoint=CheckpointConfig(10, 3, "previous"),
     log=LogConfig(0, ("wandb", "tensorboard"), 3),
     mesh=MeshConfig(2, 2, 2, 2),
     rubricator=JUDGE,
