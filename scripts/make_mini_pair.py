@@ -32,6 +32,7 @@ from opdjax.estimators.losses import sft
 from opdjax.models import decoder
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.vocab import TokenInputs, tiled_loss
+from opdjax.rollouts.export import record_files
 from opdjax.types import PromptBatch
 
 LARGEST_NUMBER = 199
@@ -247,6 +248,7 @@ def pick(args) -> None:
         out = args.out / name
         params = restore_params(args.workdir, step)
         write_model(params, model_config(len(tokenizer)), tokenizer, out)
+        record_files(out, {})
         checkpoint = open_checkpoint(out)
         params = load_params(checkpoint, "float32")
         accuracy = greedy_accuracy(params, checkpoint.config, tokenizer, test)
