@@ -118,8 +118,9 @@ class Checkpointer:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         known = on_all(partial(self._check, step, target))
         state = on_all(partial(self._read, step, partial(self._arrays, target=target)))
-        if known is None:
-            print(f"note: checkpoint {step} is of an earlier version: no digests to check it by")
+        if not known:
+            if jax.process_index() == 0:
+                print(f"note: checkpoint {step} is of an earlier version, without digests")
             return state
         found = digests(state)
         if damaged := [name for name, digest in known.items() if found[name] != digest]:
@@ -174,13 +175,13 @@ class Checkpointer:
         path = self._manager.directory / str(step) / "default"
         return self._handler.restore(path, args=ocp.args.StandardRestore(target))
 
-    def _check(self, step: int, target: Any) -> dict[str, int] | None:
-        """The digests of a step, once its arrays have the names and shapes of `target`; None if it
-        has no digests.
+    def _check(self, step: int, target: Any) -> dict[str, int]:
+        """The digests of a step, empty in earlier versions, if its arrays have the names and shapes
+        of `target`.
         """
         self._check_params(step, target.params)
-        known = self._read(step, self._record).get("digests")
-        if known is not None and (other := known.keys() ^ _named(target).keys()):
+        known = self._read(step, self._record).get("digests", {})
+        if known and (other := known.keys() ^ _named(target).keys()):
             raise CheckpointShapeError(
                 f"checkpoint {step} is from a run with another optimizer: the two differ in "
                 f"{len(other)} arrays, first {min(other)}; {self._advice(step)}"

@@ -337,19 +337,18 @@ class RowCounter:
         with file.open("rb") as opened:
             opened.seek(self._read[file.name])
             lines = opened.read().splitlines(keepends=True)
-        rows = self._rows[file.name]
+        rows, is_spending = self._rows[file.name], file.name == SPENDING
         for line in lines:
             if not line.endswith(b"\n"):  # its write has not ended
                 return
             self._read[file.name] += len(line)
-            row = _row(line.strip(), f"{file}")
-            count = rows.setdefault(
-                len(rows) + 1 if file.name == SPENDING else _step(row, file), [0, 0]
-            )
+            if not (text := line.strip()):
+                continue
+            row = _row(text, f"{file}")
+            count = rows.setdefault(len(rows) + 1 if is_spending else _step(row, file), [0, 0])
             count[0] += 1
-            digest = hashlib.blake2b(line.strip(), digest_size=8).digest()
-            count[1] += int.from_bytes(digest, "little")
-            for column, value in row.items() if file.name == SPENDING else ():
+            count[1] += int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+            for column, value in row.items() if is_spending else ():
                 if isinstance(value, (int, float)) and column != "step":
                     self._spent[column] = self._spent.get(column, 0) + value
 
@@ -362,8 +361,8 @@ def check_logs(workdir: pathlib.Path, step: int, before: dict[str, Any]) -> None
     found = RowCounter(workdir).until(step, num_spending)
     known, spent = dict(before), found.get("spent", {})
     lost = {name: total - spent.get(name, 0) for name, total in known.pop("spent", {}).items()}
-    lost = {name: round(value, 9) for name, value in lost.items() if value > 1e-6}
-    if lost:
+    lost = {name: round(max(value, 0), 9) for name, value in lost.items()}
+    if any(value > 1e-6 for value in lost.values()):
         row = json.dumps({"step": step, "role": "lost"} | lost)
         raise WorkdirError(
             f"{workdir / SPENDING} has lost usage that checkpoint {step} counts, and the spending "
