@@ -64,7 +64,7 @@ from opdjax.rollouts.setup import (
 from opdjax.rollouts.source import SourceStoppedError, open_source
 from opdjax.rollouts.start import LOGS
 from opdjax.rollouts.write_references import teach as write_references
-from opdjax.runs.checkpoint import Checkpointer, UnreadableCheckpointError
+from opdjax.runs.checkpoint import Checkpointer, UnreadableCheckpointError, set_aside
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer, require_trackers
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
 from opdjax.runs.object_store import is_remote, url_of
@@ -182,15 +182,15 @@ def _run(
     """Train from the latest checkpoint to the last step, and write the result."""
     config, workdir = setup.config, mirror.directory
     num_steps, spec = config.train.num_steps, update_spec(setup)
-    checkpointer = Checkpointer(mirror.checkpoints, keep=config.checkpoint.keep)
-    resources.callback(checkpointer.close)
     trained, frozen = load_student(setup)
     state = init_state(trained, make_optimizer(config.optimizer, num_steps), setup.mesh)
     del trained  # copied
     layout = jax.tree.map(lambda x: x.sharding, state)
     update = make_update(spec, config.optimizer, num_steps, layout)
     examine, behavior_kl = make_examine(spec, _NUM_ALTERNATIVES), make_behavior_kl(spec)
-    latest, state = _latest_state(checkpointer, state, config.checkpoint.on_damage)
+    checkpointer, state = _open_checkpoints(config, mirror, state)
+    resources.callback(checkpointer.close)
+    latest = checkpointer.latest_step
     first = latest or config.train.first_step
     if first and not latest:
         state = take_over(setup, workdir, state)
@@ -307,23 +307,32 @@ def _run(
     _finish(setup, mirror, combine(frozen, state.params), state, spec.dtype)
 
 
-def _latest_state(
-    checkpointer: Checkpointer, state: TrainState, on_damage: str
-) -> tuple[int, TrainState]:
-    """(step, state) of the newest checkpoint, or with on_damage = previous of the newest one that
-    is not damaged; (0, `state`) if there is none.
+def _open_checkpoints(
+    config: Config, mirror: WorkdirMirror, state: TrainState
+) -> tuple[Checkpointer, TrainState]:
+    """The checkpoints of a run, and the state of the newest: `state` if there is none. With
+    on_damage = previous, damaged ones are renamed.
     """
-    while step := checkpointer.latest_step:
+    while True:
+        checkpointer = None
         try:
-            return step, checkpointer.restore(step, state, on_all)
+            make = partial(Checkpointer, mirror.checkpoints, keep=config.checkpoint.keep)
+            checkpointer = on_all(make)
+            if latest := checkpointer.latest_step:
+                state = checkpointer.restore(latest, state, on_all)
+            return checkpointer, state
         except (UnreadableCheckpointError, OtherFailedError) as error:
-            if on_damage == "stop":
+            if checkpointer is not None:
+                checkpointer.close()
+            if config.checkpoint.on_damage == "stop":
                 raise
-            moved = on_process_zero(lambda: checkpointer.set_aside(step))
-            checkpointer.reload()
+            if isinstance(error, UnreadableCheckpointError):
+                path = error.path
+            else:  # another process could not read it
+                path = f"{mirror.checkpoints}/{checkpointer.latest_step}"
+            moved = on_process_zero(partial(set_aside, path))
             if is_process_zero():
                 print(f"note: {error}\nnote: it is now {moved}; the one before it is used")
-    return 0, state
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -25,7 +26,16 @@ class CheckpointShapeError(ValueError):
 
 
 class UnreadableCheckpointError(ValueError):
-    """A stored state is damaged."""
+    """The stored state in the directory `path` is damaged."""
+
+    def __init__(self, path: epath.Path, reason: str):
+        self.path = path
+        names = {other.name for other in path.parent.iterdir()} - {path.name}
+        others = sorted(int(name) for name in names if name.isdecimal())
+        super().__init__(
+            f"checkpoint {path} is damaged: {reason}; move it away to use another one (there are "
+            f"{others}), or continue with --checkpoint.on-damage previous"
+        )
 
 
 _BEST = "avg@k"  # the score whose best checkpoint is kept: it has the least noise
@@ -57,7 +67,7 @@ class Checkpointer:
             read_only=is_read_only,
             create=not is_read_only,
         )
-        _check_scores(epath.Path(directory))
+        _check_steps(epath.Path(directory))
         self._handler = ocp.StandardCheckpointHandler()
         self._manager = ocp.CheckpointManager(
             epath.Path(directory), options=options, item_handlers=self._handler
@@ -124,23 +134,9 @@ class Checkpointer:
             return state
         found = digests(state)
         if damaged := [name for name, digest in known.items() if found[name] != digest]:
-            raise UnreadableCheckpointError(
-                f"checkpoint {step} is damaged: {len(damaged)} of its {len(known)} arrays differ "
-                f"from what was saved, first {damaged[0]}; {self._advice(step)}"
-            )
+            reason = f"{len(damaged)} of {len(known)} arrays changed, first {damaged[0]}"
+            raise UnreadableCheckpointError(self._path(step), reason)
         return state
-
-    def set_aside(self, step: int) -> epath.Path:
-        """Rename the directory of a step, so that it is not used again; returns the new path. Then
-        every process calls `reload`.
-        """
-        path = self._manager.directory / str(step)
-        path.with_name(f"{step}.damaged").rmtree(missing_ok=True)
-        return path.rename(path.with_name(f"{step}.damaged"))
-
-    def reload(self) -> None:
-        """Look again for the checkpoints in the directory."""
-        self._manager.reload()
 
     def _read(self, step: int, read: Callable[[int], Any]) -> Any:
         """The result of `read`; UnreadableCheckpointError if it fails."""
@@ -149,9 +145,7 @@ class Checkpointer:
         except CheckpointShapeError:
             raise
         except Exception as error:  # TensorStore and orbax also raise bare Exceptions
-            raise UnreadableCheckpointError(
-                f"checkpoint {step} is damaged: {_first_line(error)}; {self._advice(step)}"
-            ) from error
+            raise UnreadableCheckpointError(self._path(step), _first_line(error)) from error
 
     def _record(self, step: int) -> dict[str, Any]:
         """What was stored beside the arrays; empty in checkpoints of earlier versions."""
@@ -172,7 +166,7 @@ class Checkpointer:
 
     def _arrays(self, step: int, target: Any) -> Any:
         # Not by the manager: it has a barrier at which the others would wait for one that fails.
-        path = self._manager.directory / str(step) / "default"
+        path = self._path(step) / "default"
         return self._handler.restore(path, args=ocp.args.StandardRestore(target))
 
     def _check(self, step: int, target: Any) -> dict[str, int]:
@@ -184,7 +178,7 @@ class Checkpointer:
         if known and (other := known.keys() ^ _named(target).keys()):
             raise CheckpointShapeError(
                 f"checkpoint {step} is from a run with another optimizer: the two differ in "
-                f"{len(other)} arrays, first {min(other)}; {self._advice(step)}"
+                f"{len(other)} arrays, first {min(other)}; start in a new work directory"
             )
         return known
 
@@ -206,12 +200,8 @@ class Checkpointer:
                 f"checkpoint {step} is from another model:\n  " + "\n  ".join(sorted(problems))
             )
 
-    def _advice(self, step: int) -> str:
-        others = [other for other in self.steps if other != step]
-        return (
-            f"delete {self._manager.directory / str(step)} to use another one (there are {others}),"
-            " or continue with --checkpoint.on-damage previous, or start in a new work directory"
-        )
+    def _path(self, step: int) -> epath.Path:
+        return self._manager.directory / str(step)
 
     def wait(self) -> None:
         """Wait until all saved states are on disk."""
@@ -222,36 +212,58 @@ class Checkpointer:
         self._manager.close()
 
 
-def _check_scores(directory: epath.Path) -> None:
-    """UnreadableCheckpointError for scores that orbax cannot read: it reads them all at once."""
-    for file in sorted(directory.glob("*/metrics/metrics")):
+def _check_steps(directory: epath.Path) -> None:
+    """UnreadableCheckpointError for a step without which orbax could read no step at all."""
+    for found in ocp.path.step.standard_name_format().find_all(directory):
         try:
-            json.loads(file.read_text())
-        except ValueError as error:
-            raise UnreadableCheckpointError(
-                f"{file} is damaged: {error}; delete {file.parent.parent} to use another checkpoint"
-            ) from error
+            found.commit_timestamp_nsecs  # noqa: B018 (reads the metadata)
+            if (scores := found.path / "metrics" / "metrics").exists():
+                json.loads(scores.read_text())
+        except Exception as error:  # as those of `_read`
+            raise UnreadableCheckpointError(found.path, _first_line(error)) from error
+
+
+def set_aside(directory: epath.PathLike) -> epath.Path:
+    """Rename the directory of a checkpoint, so that it is not used again; returns the new path."""
+    path = epath.Path(directory)
+    path.with_name(f"{path.name}.damaged").rmtree(missing_ok=True)
+    return path.rename(path.with_name(f"{path.name}.damaged"))
 
 
 def digests(state: Any) -> dict[str, int]:
     """A 32-bit digest of each array, by its path. It depends on values and their places alone, so
-    it is the same on every mesh.
+    it is the same on every mesh. Each process reads its own shards.
     """
-    found = jax.device_get({name: _digest(array) for name, array in _named(state).items()})
-    return {name: int(digest) for name, digest in found.items()}
+    names, arrays = zip(*_named(state).items())
+    parts = jax.device_get([_own_parts(array) for array in arrays])
+    sums = [sum(map(int, own)) % 2**32 for own in parts]
+    if jax.process_count() > 1:
+        every = multihost_utils.process_allgather(np.array(sums, np.uint32))
+        sums = np.sum(every, axis=0, dtype=np.uint32).tolist()
+    return dict(zip(names, sums))
 
 
-@jax.jit
-def _digest(array: Array) -> UInt[Array, ""]:
+def _own_parts(array: Array) -> list[UInt[Array, ""]]:
+    """The terms of a digest from each shard of this process, once for all copies of a shard."""
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    starts = [np.array([part.start or 0 for part in shard.index], np.uint32) for shard in shards]
+    return [_part(shard.data, start, array.shape) for shard, start in zip(shards, starts)]
+
+
+@partial(jax.jit, static_argnames="shape")
+def _part(shard: Array, start: UInt[Array, " axes"], shape: tuple[int, ...]) -> UInt[Array, ""]:
     # A sum of integers is exact in any order. Each term mixes the bits of a value with its index
-    # (steps of MurmurHash3's finalizer), so that no two changes cancel but by chance.
-    array = array.astype(jnp.uint8) if array.dtype == bool else array
-    word = jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
-    words = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
+    # in the array of this shape (steps of MurmurHash3's finalizer), so that no two changes cancel
+    # but by chance.
+    shard = shard.astype(jnp.uint8) if shard.dtype == bool else shard
+    word = jnp.dtype(f"uint{8 * min(shard.dtype.itemsize, 4)}")
+    words = jax.lax.bitcast_convert_type(shard, word).astype(jnp.uint32)
     index = jnp.uint32(0)
-    for axis, size in enumerate(words.shape):
-        place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    for axis, size in enumerate(shape):
+        place = start[axis] + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         index = index * np.uint32(size) + place
+    if words.ndim > len(shape):  # the two halves of values of 64 bits
+        index = 2 * index + jax.lax.broadcasted_iota(jnp.uint32, words.shape, len(shape))
     mixed = words + index * np.uint32(0x9E3779B1)
     mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)

@@ -338,13 +338,15 @@ class RowCounter:
             opened.seek(self._read[file.name])
             lines = opened.read().splitlines(keepends=True)
         rows, is_spending = self._rows[file.name], file.name == SPENDING
+        number = sum(count for count, _ in rows.values())
         for line in lines:
             if not line.endswith(b"\n"):  # its write has not ended
                 return
             self._read[file.name] += len(line)
             if not (text := line.strip()):
                 continue
-            row = _row(text, f"{file}")
+            number += 1
+            row = _row(text, f"{file}, line {number}")
             count = rows.setdefault(len(rows) + 1 if is_spending else _step(row, file), [0, 0])
             count[0] += 1
             count[1] += int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

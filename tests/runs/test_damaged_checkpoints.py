@@ -15,6 +15,7 @@ from opdjax.runs.checkpoint import (
     CheckpointShapeError,
     UnreadableCheckpointError,
     digests,
+    set_aside,
 )
 
 LOGS = {"metrics.jsonl": {"rows": 7}}
@@ -116,12 +117,13 @@ def test_damage_of_an_array_is_named_with_what_to_do(saved, tmp_path):
     record = tmp_path / "checkpoints/9/_CHECKPOINT_METADATA"
     known = str(digests(saved[1])["params.embed"])
     assert digests(other)["params.embed"] != int(known)
-    pattern = "checkpoint 9 is damaged: .*record.*delete .*/9 .*on-damage previous"
+    pattern = "checkpoint .*/9 is damaged: .*record.*move it away .*on-damage previous"
     record.write_text(record.read_text().replace(known, str(digests(other)["params.embed"])))
-    with pytest.raises(UnreadableCheckpointError, match=pattern):
+    with pytest.raises(UnreadableCheckpointError, match=pattern) as found:
         checkpointer.restore(9, saved[1])
-    assert checkpointer.set_aside(9).name == "9.damaged"
-    checkpointer.reload()
+    checkpointer.close()
+    assert set_aside(found.value.path).name == "9.damaged"
+    checkpointer = Checkpointer(tmp_path / "checkpoints", keep=2)
     assert checkpointer.steps == [7]
     checkpointer.restore(7, saved[1])
     checkpointer.close()
