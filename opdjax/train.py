@@ -36,6 +36,7 @@ from opdjax.models.decoder import Params
 from opdjax.models.lora import combine
 from opdjax.ops.multihost import (
     InterruptedRunError,
+    OtherFailedError,
     agreed,
     from_process_zero,
     join,
@@ -63,14 +64,16 @@ from opdjax.rollouts.setup import (
 from opdjax.rollouts.source import SourceStoppedError, open_source
 from opdjax.rollouts.start import LOGS
 from opdjax.rollouts.write_references import teach as write_references
-from opdjax.runs.checkpoint import Checkpointer
+from opdjax.runs.checkpoint import Checkpointer, UnreadableCheckpointError, set_aside
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer, require_trackers
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
 from opdjax.runs.object_store import is_remote, url_of
 from opdjax.runs.results import evaluations_since_best, make_result, read_result, result_table
 from opdjax.runs.workdir import (
+    RowCounter,
     WorkdirError,
     append_lines,
+    check_logs,
     claim,
     cut_lines,
     first_day,
@@ -179,18 +182,22 @@ def _run(
     """Train from the latest checkpoint to the last step, and write the result."""
     config, workdir = setup.config, mirror.directory
     num_steps, spec = config.train.num_steps, update_spec(setup)
-    checkpointer = Checkpointer(mirror.checkpoints, keep=config.checkpoint.keep)
-    resources.callback(checkpointer.close)
     trained, frozen = load_student(setup)
     state = init_state(trained, make_optimizer(config.optimizer, num_steps), setup.mesh)
     del trained  # copied
     layout = jax.tree.map(lambda x: x.sharding, state)
     update = make_update(spec, config.optimizer, num_steps, layout)
     examine, behavior_kl = make_examine(spec, _NUM_ALTERNATIVES), make_behavior_kl(spec)
-    first = (latest := checkpointer.latest_step) or config.train.first_step
-    if first:
-        state = checkpointer.restore(latest, state) if latest else take_over(setup, workdir, state)
+    checkpointer, state = _open_checkpoints(config, mirror, state)
+    resources.callback(checkpointer.close)
+    latest = checkpointer.latest_step
+    first = latest or config.train.first_step
+    if first and not latest:
+        state = take_over(setup, workdir, state)
+    if latest:
+        on_process_zero(lambda: check_logs(workdir, latest, checkpointer.logs(latest)))
     on_process_zero(lambda: _truncate_logs(setup, workdir, first))
+    counter = RowCounter(workdir)
     writer = on_process_zero(lambda: MetricWriter(workdir, last_step=first, config=config))
     if writer is not None:
         resources.callback(writer.close)
@@ -198,8 +205,9 @@ def _run(
     copy_weights = lambda: weights_of(state.params)
 
     def save(step: int, scores: dict[str, float] | None = None) -> None:
+        logs = on_process_zero(lambda: counter.until(step))
         on_process_zero(mirror.upload)  # first: a checkpoint implies all logs before it
-        checkpointer.save(step, state, scores)
+        checkpointer.save(step, state, scores, logs)
 
     def unfiltered_kl(step: int) -> dict[str, float]:
         """KL(student || behaviour) on rollouts that no filter chose, or NaN if it is not due."""
@@ -297,6 +305,34 @@ def _run(
     evaluate(setup.evaluator, workdir, int(state.step), copy_weights)  # if no step was taken
     checkpointer.wait()
     _finish(setup, mirror, combine(frozen, state.params), state, spec.dtype)
+
+
+def _open_checkpoints(
+    config: Config, mirror: WorkdirMirror, state: TrainState
+) -> tuple[Checkpointer, TrainState]:
+    """The checkpoints of a run, and the state of the newest: `state` if there is none. With
+    on_damage = previous, damaged ones are renamed.
+    """
+    while True:
+        checkpointer = None
+        try:
+            make = partial(Checkpointer, mirror.checkpoints, keep=config.checkpoint.keep)
+            checkpointer = on_all(make)
+            if latest := checkpointer.latest_step:
+                state = checkpointer.restore(latest, state, on_all)
+            return checkpointer, state
+        except (UnreadableCheckpointError, OtherFailedError) as error:
+            if checkpointer is not None:
+                checkpointer.close()
+            if config.checkpoint.on_damage == "stop":
+                raise
+            if isinstance(error, UnreadableCheckpointError):
+                path = error.path
+            else:  # another process could not read it
+                path = f"{mirror.checkpoints}/{checkpointer.latest_step}"
+            moved = on_process_zero(partial(set_aside, path))
+            if is_process_zero():
+                print(f"note: {error}\nnote: it is now {moved}; the one before it is used")
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -29,6 +29,7 @@ from opdjax.data.tasks import arithmetic
 from opdjax.estimators.losses import sft
 from opdjax.models import decoder
 from opdjax.ops.vocab import TokenInputs, tiled_loss
+from opdjax.rollouts.export import record_files
 
 LARGEST_NUMBER = 199
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -187,7 +188,9 @@ def train(args: argparse.Namespace) -> None:
         done = step + 1
         if done % args.save_every == 0 or done == args.steps:
             weights = jax.tree.map(np.asarray, params)
-            write_model(weights, raw, tokenizer, args.workdir / str(done))
+            out = args.workdir / str(done)
+            write_model(weights, raw, tokenizer, out)
+            record_files(out, {})
             print(f"step {done} loss {float(loss):.4f} {time.time() - clock:.0f} s", flush=True)
 
 

@@ -46,7 +46,7 @@ from opdjax.models.hf import fingerprint, load_params, open_checkpoint
 from opdjax.models.hf_export import export
 from opdjax.ops.multihost import InterruptedRunError
 from opdjax.rollouts.setup import make_evaluator
-from opdjax.runs.checkpoint import CheckpointShapeError
+from opdjax.runs.checkpoint import CheckpointShapeError, UnreadableCheckpointError
 from opdjax.runs.metrics import MetricWriter
 from opdjax.runs.results import read_run
 from opdjax.runs.workdir import WorkdirError, read_lines
@@ -113,6 +113,38 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(batch, tiny_run, tmp_pa
         train(TINY, tmp_path / "run")
     train(TINY, tmp_path / "run")
     assert_same_run(tiny_run, tmp_path / "run")
+
+
+@pytest.mark.long
+def test_a_damaged_checkpoint_stops_the_run_or_the_one_before_is_used(tiny_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "result.json").unlink()
+    files = [file for file in run.glob("checkpoints/6/default/**/*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    for at in range(1000, len(data), 1000):
+        data[at] ^= 4
+    largest.write_bytes(data)
+    with pytest.raises(UnreadableCheckpointError, match="checkpoint .*/6 is damaged: "):
+        train(TINY, run)
+    train(vary(checkpoint={"on_damage": "previous"}), run)
+    assert "6.damaged; the one before it is used" in capsys.readouterr().out
+    assert_same_run(tiny_run, run)
+
+
+@pytest.mark.long
+def test_lost_rows_of_a_log_are_said(tiny_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "result.json").unlink()
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(rows[:2] + rows[3:]))
+    (run / "samples.jsonl").unlink()
+    train(TINY, run)
+    out = capsys.readouterr().out
+    assert f"note: {run}/metrics.jsonl has 5 of the 6 rows up to step 6, others are lost" in out
+    assert f"note: {run}/samples.jsonl has 0 of the " in out
 
 
 KILLED = """

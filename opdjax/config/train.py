@@ -167,6 +167,8 @@ class CheckpointConfig(Section):
     every: Annotated[int, "at least 1"] = 50
     # Number of the newest checkpoints to keep, besides the one with the best sampled score.
     keep: Annotated[int, "at least 1"] = 2
+    # Where the newest checkpoint is damaged: stop, or set it aside and continue from the previous.
+    on_damage: Literal["stop", "previous"] = "stop"
 
 
 class LogConfig(Section):

@@ -17,10 +17,7 @@ from opdjax.judge.cache import ReplyCache
 from opdjax.judge.client import ApiClient
 from opdjax.judge.rule_based.rules import answer
 from opdjax.judge.structured_output import Judge
-from opdjax.runs.workdir import append_lines, read_lines
-
-# Usage and cost by step and role. It is never truncated on resume: the money is spent.
-SPENDING = "spending.jsonl"
+from opdjax.runs.workdir import SPENDING, append_lines, read_lines
 
 
 @dataclasses.dataclass(frozen=True)

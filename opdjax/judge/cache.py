@@ -104,7 +104,8 @@ class ReplyCache:
     def put(self, key: str, reply: Reply) -> None:
         """Store the reply unless the key has one; CacheError if it cannot be written."""
         try:
-            text = json.dumps({name: getattr(reply, name) for name in _REPLY_FIELDS})
+            fields = {name: getattr(reply, name) for name in _REPLY_FIELDS}
+            text = json.dumps(fields | {"digest": _digest(key, fields)})
             row = (key, _VERSION, text, time.time())
             self._file.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", row)
         except sqlite3.Error as error:
@@ -136,4 +137,12 @@ def _parse_row(key: str, version: int, text: str) -> Reply:
     kinds = _REPLY_FIELDS.values()
     if not values or not all(isinstance(value, kind) for value, kind in zip(values, kinds)):
         raise ValueError(f"the row {key} is no reply")
-    return Reply(is_cached=False, **dict(zip(_REPLY_FIELDS, values)))
+    fields = dict(zip(_REPLY_FIELDS, values))
+    # Rows of earlier versions have no digest.
+    if found.get("digest", digest := _digest(key, fields)) != digest:
+        raise ValueError(f"the row {key} is not what was written")
+    return Reply(is_cached=False, **fields)
+
+
+def _digest(key: str, fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([key, fields]).encode()).hexdigest()[:16]

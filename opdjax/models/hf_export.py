@@ -73,9 +73,9 @@ def export(
                 generation = json.loads(file.read_text("utf-8")) if file.exists() else {}
                 generation["stop_strings"] = list(source.stop_strings)
                 file.write_text(json.dumps(generation, indent=2) + "\n")
-            if complete is not None:
-                complete(staging)
         _write_files(params, source, DTYPES[dtype], staging)
+        if complete is not None and is_process_zero():
+            complete(staging)
     return out
 
 

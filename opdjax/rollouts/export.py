@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import pathlib
 import re
@@ -23,7 +24,7 @@ from opdjax.data.chat import with_day
 from opdjax.data.prompts import dated
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.models.decoder import Params
-from opdjax.models.hf import Checkpoint
+from opdjax.models.hf import Checkpoint, CheckpointError
 from opdjax.models.hf_export import export, export_adapter
 from opdjax.models.lora import continues
 from opdjax.rollouts.setup import needs_teacher, stop_ids, student_view
@@ -67,9 +68,9 @@ def recorded_use(checkpoint: Checkpoint) -> Config | None:
     `train.dtype`; None if no run did. A grader of the user's own in it must not be run.
     """
     file = (checkpoint.adapter or checkpoint).path / RECORD
-    if not file.exists():
-        return None
     advice = "delete it, and give its settings as options"
+    if not file.exists() or read_json(file, advice).keys() == {"files"}:
+        return None
     found = read_json(file, advice, "the settings of an exported student", config=dict)
     return from_dict(Config, upgrade(found["config"]))
 
@@ -99,7 +100,39 @@ def _write_use(directory: pathlib.Path, config: Config, source: Checkpoint) -> N
     own = dataclasses.replace(data, source=DataConfig().source, references=None)
     sections = {"data": to_dict(own), "evaluation": to_dict(evaluation)}
     sections["train"] = {"dtype": config.train.dtype}
-    write_json(directory / RECORD, {"config": sections})
+    record_files(directory, {"config": sections})
+
+
+def record_files(directory: pathlib.Path, record: dict[str, Any]) -> None:
+    """Write opdjax.json: the record of an export, with the digest of each of its files."""
+    write_json(directory / RECORD, record | {"files": _digests(directory, record)})
+
+
+def check_files(directory: pathlib.Path) -> str:
+    """Says how many files are as they were exported; CheckpointError that names those that changed
+    or are missing.
+    """
+    file = directory / RECORD
+    record = read_json(file, "export the checkpoint again") if file.exists() else {}
+    if (known := record.pop("files", None)) is None:
+        return "no digests: not exported by this version"
+    found = _digests(directory, record)
+    if changed := [name for name in known if found.get(name) != known[name]]:
+        raise CheckpointError(
+            f"{directory} is not what was exported: {', '.join(changed)} changed or missing; "
+            f"export it again, or delete `files` in {file} if the change is yours"
+        )
+    return f"{len(known)} as exported"
+
+
+def _digests(directory: pathlib.Path, record: dict[str, Any]) -> dict[str, str]:
+    """By name: of the record itself too, not of README.md, which people edit."""
+    found = {RECORD: hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()}
+    for file in sorted(directory.iterdir()):
+        if file.is_file() and file.name not in (RECORD, "README.md"):
+            with file.open("rb") as opened:
+                found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
 
 
 def _pin_templates(directory: pathlib.Path, template: str, data: DataConfig) -> None:

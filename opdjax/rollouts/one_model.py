@@ -21,7 +21,7 @@ from opdjax.engine.sampler import sample as draw
 from opdjax.engine.scorer import score as score_batch
 from opdjax.models.decoder import RUN_FIELDS, Params, head_of, num_parameters
 from opdjax.models.hf import Checkpoint, load_params, open_checkpoint
-from opdjax.rollouts.export import recorded_use
+from opdjax.rollouts.export import check_files, recorded_use
 from opdjax.rollouts.setup import (
     compute_dtype,
     decoding_of,
@@ -159,13 +159,15 @@ def scores_of(config: Config) -> dict[str, Any]:
 
 
 def describe(model: str) -> dict[str, Any]:
-    """Facts about a checkpoint, after reading all of it."""
+    """Facts about a checkpoint, after reading all of it. CheckpointError if it is damaged."""
     checkpoint = open_checkpoint(model)
+    files = check_files((checkpoint.adapter or checkpoint).path)
     load_params(checkpoint, "bfloat16" if checkpoint.stored_dtype == "bfloat16" else "float32")
     tokenizer = load_tokenizer(checkpoint.path)
     fields = dataclasses.asdict(checkpoint.config)
     return {
         "path": str(checkpoint.path),
+        "files": files,
         "architecture": checkpoint.raw_config["architectures"][0],
         "parameters": num_parameters(checkpoint.config),
         "stored dtype": checkpoint.stored_dtype,

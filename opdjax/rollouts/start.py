@@ -21,6 +21,7 @@ from opdjax.models.decoder import Params, abstract_params
 from opdjax.models.hf import Checkpoint, fingerprint
 from opdjax.models.lora import init_adapters
 from opdjax.models.partitioning import shardings_of
+from opdjax.ops.multihost import on_all
 from opdjax.ops.sharding import abstract_like
 from opdjax.runs.checkpoint import Checkpointer
 from opdjax.runs.mirror import read_only_workdir
@@ -61,7 +62,8 @@ class _Stored:
         params = jax.eval_shape(adapters) if is_lora else abstract_params(student.config, "float32")
         optimizer = make_optimizer(config.optimizer, config.train.num_steps)
         state = jax.eval_shape(partial(init_state, optimizer=optimizer, mesh=mesh), params)
-        return self.checkpointer.restore(step, abstract_like(state, shardings_of(state, mesh)))
+        like = abstract_like(state, shardings_of(state, mesh))
+        return self.checkpointer.restore(step, like, on_all)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import zlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 
@@ -19,10 +26,20 @@ class CheckpointShapeError(ValueError):
 
 
 class UnreadableCheckpointError(ValueError):
-    """A stored state is damaged."""
+    """The stored state in the directory `path` is damaged."""
+
+    def __init__(self, path: epath.Path, reason: str):
+        self.path = path
+        names = {other.name for other in path.parent.iterdir()} - {path.name}
+        others = sorted(int(name) for name in names if name.isdecimal())
+        super().__init__(
+            f"checkpoint {path} is damaged: {reason}; move it away to use another one (there are "
+            f"{others}), or continue with --checkpoint.on-damage previous"
+        )
 
 
 _BEST = "avg@k"  # the score whose best checkpoint is kept: it has the least noise
+_RECORD = "opdjax"  # name of what is stored beside the arrays: digests, scores, rows of the logs
 
 
 class Checkpointer:
@@ -36,7 +53,7 @@ class Checkpointer:
         is_read_only: bool = False,
     ):
         # Orbax logs every step of every save; failures surface as exceptions.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         best = BestN(
             get_metric_fn=lambda metrics: metrics[_BEST],
             n=1,
@@ -50,8 +67,10 @@ class Checkpointer:
             read_only=is_read_only,
             create=not is_read_only,
         )
+        _check_steps(epath.Path(directory))
+        self._handler = ocp.StandardCheckpointHandler()
         self._manager = ocp.CheckpointManager(
-            epath.Path(directory), options=options, item_handlers=ocp.StandardCheckpointHandler()
+            epath.Path(directory), options=options, item_handlers=self._handler
         )
 
     @property
@@ -66,40 +85,107 @@ class Checkpointer:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the evaluated checkpoint with the highest metric; None if none was evaluated."""
-        scored = {step: self._manager.metrics(step) for step in self.steps}
+        """Step of the evaluated checkpoint with the highest metric; None if none was evaluated.
+        UnreadableCheckpointError if a metric is damaged.
+        """
+        scored = {step: self._read(step, self._scores) for step in self.steps}
         scored = {step: metrics[_BEST] for step, metrics in scored.items() if metrics}
         return max(scored, key=scored.get) if scored else None
 
-    def save(self, step: int, state: Any, evaluation: dict[str, float] | None = None) -> None:
-        """Start to write `state`, which may be donated as soon as this returns."""
+    def save(
+        self,
+        step: int,
+        state: Any,
+        evaluation: dict[str, float] | None = None,
+        logs: dict[str, Any] | None = None,
+    ) -> None:
+        """Start to write `state`, which may be donated as soon as this returns. `logs` says which
+        rows of the run's logs belong before it.
+        """
         if jax.default_backend() == "cpu":
             # On CPU the writer's host copy would be a view of the buffers that are donated next.
             state = jax.tree.map(jnp.copy, state)
-        self._manager.save(step, args=ocp.args.StandardSave(state), metrics=evaluation)
+        record = {"digests": digests(state), "scores": evaluation, "logs": logs}
+        self._manager.save(
+            step,
+            args=ocp.args.StandardSave(state),
+            metrics=evaluation,
+            custom_metadata={_RECORD: record, "crc32": _crc32(record)},
+        )
 
-    def restore(self, step: int, like: Any) -> Any:
+    def logs(self, step: int) -> dict[str, Any]:
+        """The `logs` that were saved with a step; empty if none were."""
+        return self._read(step, self._record).get("logs") or {}
+
+    def restore(
+        self, step: int, like: Any, on_all: Callable[[Callable[[], Any]], Any] = lambda read: read()
+    ) -> Any:
         """The state of a step, with the shapes and shardings of `like`; CheckpointShapeError if it
         belongs to another model or optimizer, UnreadableCheckpointError if it is damaged.
+
+        `on_all` runs a function in every process of the run, and fails in all if it fails in one.
         """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        self._check_params(step, target.params)
+        known = on_all(partial(self._check, step, target))
+        state = on_all(partial(self._read, step, partial(self._arrays, target=target)))
+        if not known:
+            if jax.process_index() == 0:
+                print(f"note: checkpoint {step} is of an earlier version, without digests")
+            return state
+        found = digests(state)
+        if damaged := [name for name, digest in known.items() if found[name] != digest]:
+            reason = f"{len(damaged)} of {len(known)} arrays changed, first {damaged[0]}"
+            raise UnreadableCheckpointError(self._path(step), reason)
+        return state
+
+    def _read(self, step: int, read: Callable[[int], Any]) -> Any:
+        """The result of `read`; UnreadableCheckpointError if it fails."""
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(target))
-        except ValueError as error:
+            return read(step)
+        except CheckpointShapeError:
+            raise
+        except Exception as error:  # TensorStore and orbax also raise bare Exceptions
+            raise UnreadableCheckpointError(self._path(step), _first_line(error)) from error
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What was stored beside the arrays; empty in checkpoints of earlier versions."""
+        metadata = self._manager.metadata(step)
+        if metadata.commit_timestamp_nsecs is None:
+            raise ValueError("its _CHECKPOINT_METADATA is missing or no JSON")
+        stored = metadata.custom_metadata or {}
+        record = stored.get(_RECORD, {})
+        if stored.get("crc32", _crc32({})) != _crc32(record):
+            raise ValueError("its record of digests is not what was saved")
+        return record
+
+    def _scores(self, step: int) -> dict[str, float] | None:
+        found, record = self._manager.metrics(step), self._record(step)
+        if record and found != record["scores"]:
+            raise ValueError("its scores are not what was saved")
+        return found
+
+    def _arrays(self, step: int, target: Any) -> Any:
+        # Not by the manager: it has a barrier at which the others would wait for one that fails.
+        path = self._path(step) / "default"
+        return self._handler.restore(path, args=ocp.args.StandardRestore(target))
+
+    def _check(self, step: int, target: Any) -> dict[str, int]:
+        """The digests of a step, empty in earlier versions, if its arrays have the names and shapes
+        of `target`.
+        """
+        self._check_params(step, target.params)
+        known = self._read(step, self._record).get("digests", {})
+        if known and (other := known.keys() ^ _named(target).keys()):
             raise CheckpointShapeError(
-                f"checkpoint {step} is damaged, or from a run with another optimizer: "
-                f"{_first_line(error)}; {self._advice(step)}"
-            ) from error
+                f"checkpoint {step} is from a run with another optimizer: the two differ in "
+                f"{len(other)} arrays, first {min(other)}; start in a new work directory"
+            )
+        return known
 
     def _check_params(self, step: int, wanted: Any) -> None:
         """CheckpointShapeError that lists every mismatched parameter; orbax itself names none."""
-        try:
-            stored = flatten_dict(self._manager.item_metadata(step).tree["params"], sep=".")
-        except (ValueError, OSError, KeyError, AttributeError) as error:
-            raise UnreadableCheckpointError(
-                f"checkpoint {step} is damaged: {_first_line(error)}; {self._advice(step)}"
-            ) from error
+        tree = self._read(step, lambda step: self._manager.item_metadata(step).tree["params"])
+        stored = flatten_dict(tree, sep=".")
         wanted = flatten_dict(wanted, sep=".")
         problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
         problems += [f"{name} is not in this model" for name in stored.keys() - wanted.keys()]
@@ -114,12 +200,8 @@ class Checkpointer:
                 f"checkpoint {step} is from another model:\n  " + "\n  ".join(sorted(problems))
             )
 
-    def _advice(self, step: int) -> str:
-        earlier = [other for other in self.steps if other != step]
-        return (
-            f"delete {self._manager.directory / str(step)} to use another one (there are "
-            f"{earlier}), or start in a new work directory"
-        )
+    def _path(self, step: int) -> epath.Path:
+        return self._manager.directory / str(step)
 
     def wait(self) -> None:
         """Wait until all saved states are on disk."""
@@ -130,5 +212,76 @@ class Checkpointer:
         self._manager.close()
 
 
+def _check_steps(directory: epath.Path) -> None:
+    """UnreadableCheckpointError for a step without which orbax could read no step at all."""
+    for found in ocp.path.step.standard_name_format().find_all(directory):
+        try:
+            found.commit_timestamp_nsecs  # noqa: B018 (reads the metadata)
+            if (scores := found.path / "metrics" / "metrics").exists():
+                json.loads(scores.read_text())
+        except Exception as error:  # as those of `_read`
+            raise UnreadableCheckpointError(found.path, _first_line(error)) from error
+
+
+def set_aside(directory: epath.PathLike) -> epath.Path:
+    """Rename the directory of a checkpoint, so that it is not used again; returns the new path."""
+    path = epath.Path(directory)
+    path.with_name(f"{path.name}.damaged").rmtree(missing_ok=True)
+    return path.rename(path.with_name(f"{path.name}.damaged"))
+
+
+def digests(state: Any) -> dict[str, int]:
+    """A 32-bit digest of each array, by its path. It depends on values and their places alone, so
+    it is the same on every mesh. Each process reads its own shards.
+    """
+    names, arrays = zip(*_named(state).items())
+    parts = jax.device_get([_own_parts(array) for array in arrays])
+    sums = [sum(map(int, own)) % 2**32 for own in parts]
+    if jax.process_count() > 1:
+        every = multihost_utils.process_allgather(np.array(sums, np.uint32))
+        sums = np.sum(every, axis=0, dtype=np.uint32).tolist()
+    return dict(zip(names, sums))
+
+
+def _own_parts(array: Array) -> list[UInt[Array, ""]]:
+    """The terms of a digest from each shard of this process, once for all copies of a shard."""
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    starts = [np.array([part.start or 0 for part in shard.index], np.uint32) for shard in shards]
+    return [_part(shard.data, start, array.shape) for shard, start in zip(shards, starts)]
+
+
+@partial(jax.jit, static_argnames="shape")
+def _part(shard: Array, start: UInt[Array, " axes"], shape: tuple[int, ...]) -> UInt[Array, ""]:
+    # A sum of integers is exact in any order. Each term mixes the bits of a value with its index
+    # in the array of this shape (steps of MurmurHash3's finalizer), so that no two changes cancel
+    # but by chance.
+    shard = shard.astype(jnp.uint8) if shard.dtype == bool else shard
+    word = jnp.dtype(f"uint{8 * min(shard.dtype.itemsize, 4)}")
+    words = jax.lax.bitcast_convert_type(shard, word).astype(jnp.uint32)
+    index = jnp.uint32(0)
+    for axis, size in enumerate(shape):
+        place = start[axis] + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index = index * np.uint32(size) + place
+    if words.ndim > len(shape):  # the two halves of values of 64 bits
+        index = 2 * index + jax.lax.broadcasted_iota(jnp.uint32, words.shape, len(shape))
+    mixed = words + index * np.uint32(0x9E3779B1)
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
+    mixed ^= mixed >> 16
+    while mixed.ndim:  # twice as fast on CPU as all axes at once
+        mixed = jnp.sum(mixed, axis=-1, dtype=jnp.uint32)
+    return mixed
+
+
+def _named(state: Any) -> dict[str, Any]:
+    paths, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+
+
+def _crc32(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].partition(" [tensorstore_spec")[0].rstrip(".")
+    text = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0].rstrip(".")
+    return f"{type(error).__name__}: {text}"[:300]

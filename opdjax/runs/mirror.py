@@ -50,11 +50,6 @@ class WorkdirMirror:
         """Path or URL of the checkpoints, the same in every process of a run."""
         return f"{self.name if self._folder else self.directory.absolute()}/checkpoints"
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether the directory is a copy."""
-        return self._folder is not None
-
     def record_progress(self, **progress: Any) -> None:
         """Store values such as the step with the lease, where other processes read them."""
         if self._lease:

@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import hashlib
 import json
+import math
 import os
 import pathlib
 import platform
@@ -37,11 +39,16 @@ _RUN_FILES = (
 # change when a run is resumed.
 _EXECUTION_FIELDS = (
     *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "processes")),
-    *("near_policy.generator", "sampling.slots"),
+    *("near_policy.generator", "sampling.slots", "checkpoint.on_damage"),
     *(f"train.{name}" for name in ("gradient_accumulation_steps", "remat", "attention")),
     *(f"{role}.base_url" for role in ("rubricator", "verifier", "teach")),
     *(f"api.{name.name}" for name in dataclasses.fields(ApiConfig) if name.name != "max_tokens"),
 )
+
+
+# Logs of whose rows a checkpoint records the number and a digest.
+COUNTED = ("metrics.jsonl", "samples.jsonl", "rubrics.jsonl")
+SPENDING = "spending.jsonl"  # usage and cost by step and role; never cut: the money is spent
 
 
 class WorkdirError(ValueError):
@@ -287,7 +294,87 @@ def _cut_unfinished_row(file: BinaryIO) -> None:
 def cut_lines(file: pathlib.Path, last_step: int) -> None:
     """Drop the rows after `last_step`, which the resumed run writes again."""
     if file.exists():
-        rows = [row for row in read_lines(file) if row["step"] <= last_step]
+        rows = [row for row in read_lines(file) if _step(row, file) <= last_step]
         partial = file.with_name(file.name + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         partial.replace(file)
+
+
+def _step(row: dict[str, Any], file: pathlib.Path) -> int:
+    if isinstance(step := row.get("step"), int):
+        return step
+    raise WorkdirError(
+        f"{file} has a row without its step: {json.dumps(row)[:60]}; expected a number in `step`. "
+        "Repair it or start in a new work directory"
+    )
+
+
+class RowCounter:
+    """Counts the rows of a run's logs for its checkpoints; each row is read once."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir = workdir
+        self._read = dict.fromkeys((*COUNTED, SPENDING), 0)  # bytes
+        self._rows: dict[str, dict[int, list[int]]] = {name: {} for name in self._read}
+        self._spent: dict[str, float] = {}
+
+    def until(self, step: int, spending_rows: float = math.inf) -> dict[str, Any]:
+        """What belongs before a step: of each log that has rows up to it, their number and a sum of
+        hashes; of spending.jsonl, its first rows so far, and the totals of its columns.
+        """
+        found: dict[str, Any] = {}
+        for name, rows in self._rows.items():
+            self._add_new(self._workdir / name)
+            last = spending_rows if name == SPENDING else step
+            if counts := [count for at, count in rows.items() if at <= last]:
+                number, total = (sum(column) for column in zip(*counts))
+                found[name] = {"rows": number, "hash": f"{total % 2**64:016x}"}
+        return found | ({"spent": dict(self._spent)} if self._spent else {})
+
+    def _add_new(self, file: pathlib.Path) -> None:
+        if not file.exists():
+            return
+        with file.open("rb") as opened:
+            opened.seek(self._read[file.name])
+            lines = opened.read().splitlines(keepends=True)
+        rows, is_spending = self._rows[file.name], file.name == SPENDING
+        number = sum(count for count, _ in rows.values())
+        for line in lines:
+            if not line.endswith(b"\n"):  # its write has not ended
+                return
+            self._read[file.name] += len(line)
+            if not (text := line.strip()):
+                continue
+            number += 1
+            row = _row(text, f"{file}, line {number}")
+            count = rows.setdefault(len(rows) + 1 if is_spending else _step(row, file), [0, 0])
+            count[0] += 1
+            count[1] += int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+            for column, value in row.items() if is_spending else ():
+                if isinstance(value, (int, float)) and column != "step":
+                    self._spent[column] = self._spent.get(column, 0) + value
+
+
+def check_logs(workdir: pathlib.Path, step: int, before: dict[str, Any]) -> None:
+    """Print which rows that belong before the checkpoint of a step are missing or changed, given
+    what `RowCounter.until` returned then. WorkdirError if spending.jsonl has lost usage.
+    """
+    num_spending = before.get(SPENDING, {"rows": 0})["rows"]
+    found = RowCounter(workdir).until(step, num_spending)
+    known, spent = dict(before), found.get("spent", {})
+    lost = {name: total - spent.get(name, 0) for name, total in known.pop("spent", {}).items()}
+    lost = {name: round(max(value, 0), 9) for name, value in lost.items()}
+    if any(value > 1e-6 for value in lost.values()):
+        row = json.dumps({"step": step, "role": "lost"} | lost)
+        raise WorkdirError(
+            f"{workdir / SPENDING} has lost usage that checkpoint {step} counts, and the spending "
+            f"cap would forget it. Put the file back, or append this row for it: {row}"
+        )
+    for name, rows in known.items():
+        now = found.get(name, {"rows": 0})
+        if now != rows:
+            change = "some of them changed" if now["rows"] >= rows["rows"] else "others are lost"
+            print(
+                f"note: {workdir / name} has {now['rows']} of the {rows['rows']} rows up to step "
+                f"{step}, {change}: sums and tables over them are not those of the whole run"
+            )

@@ -15,8 +15,6 @@ from opdjax.runs.statistics import score_label
 from opdjax.runs.workdir import num_cores, read_json, read_lines, read_run_config
 from opdjax.sweeps.claims import ATTEMPTS, Heartbeat, SweepDirectory, open_sweep
 
-_HOUR = 3600.0
-
 
 def states_of(points: Sequence[SweepPoint], sweep: SweepDirectory) -> dict[str, str]:
     """`status_of` each point, by id."""
@@ -116,7 +114,7 @@ def status_table(points: Sequence[SweepPoint], sweep: SweepDirectory) -> tuple[s
     order = ("done", "failed", "running", "stalled", "waiting")
     counts = {state: list(states.values()).count(state) for state in order}
     listed = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
-    lines.append(f"{listed} of {len(points)}{_pace(points, sweep)}")
+    lines.append(f"{listed} of {len(points)}")
     return "\n".join(lines), counts["done"] + counts["failed"] == len(points)
 
 
@@ -137,21 +135,6 @@ def scores_after(sweep: SweepDirectory, id: str) -> dict[str, float]:
     """Scores of a finished point after training; WorkdirError if its result is damaged."""
     advice = "delete it, and the run writes it again"
     return read_json(sweep.path / id / RESULT, advice).get("eval_after", {})
-
-
-def _pace(points: Sequence[SweepPoint], sweep: SweepDirectory) -> str:
-    """Points finished in the last hour, and the remaining time at that rate."""
-    now = time.time()
-    rows = [row for p in points for row in read_lines(sweep.path / p.id / ATTEMPTS)]
-    recent = [row for row in rows if now - row["time"] < _HOUR]
-    num_done = sum(row["event"] == "end" and row["returncode"] == 0 for row in recent)
-    if not num_done:
-        return ""
-    starts = [row["time"] for row in recent if row["event"] == "start"]
-    span = min(max(now - min(starts, default=now - _HOUR), 1.0), _HOUR)
-    text = f"; {num_done} done in the last {_duration(span)}"
-    left = sum(state not in ("done", "failed") for state in states_of(points, sweep).values())
-    return f"{text}; about {_duration(left / num_done * span)} left" if left else text
 
 
 def _duration(seconds: float) -> str:

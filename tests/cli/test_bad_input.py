@@ -849,8 +849,9 @@ WORKDIRS = {
     "a damaged checkpoint": (
         "UnreadableCheckpointError",
         lambda p: p.damaged_checkpoint(),
-        "checkpoint 1 is damaged: OUT_OF_RANGE",
-        "checkpoints/1 to use another one (there are [])",
+        "checkpoints/1 is damaged: ",
+        "OUT_OF_RANGE",
+        "move it away to use another one (there are [])",
     ),
     "a damaged result": (
         "WorkdirError",

@@ -199,6 +199,11 @@ def test_a_table_of_other_columns(tmp_path):
             ),
             "k0 is no reply",
         ),
+        (
+            "reply",
+            json.dumps({**dataclasses.asdict(REPLY), "digest": "0" * 16}),
+            "k0 is not what was written",
+        ),
         ("reply", None, "could not be read"),
         ("reply", b"\xff\xff", "could not be read"),
         ("reply", "[" * 100_000, "could not be read"),

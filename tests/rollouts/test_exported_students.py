@@ -14,17 +14,24 @@ from tiny_runs import vary
 
 from opdjax.cli.export import export_step, push
 from opdjax.cli.main import main
-from opdjax.config import MINI_PAIR, MINI_STUDENT, DataConfig, EvaluationConfig, LoraConfig
+from opdjax.config import (
+    MINI_PAIR,
+    MINI_STUDENT,
+    MINI_TEACHER,
+    DataConfig,
+    EvaluationConfig,
+    LoraConfig,
+)
 from opdjax.config.validation import ConfigError
 from opdjax.data.chat import render, valid_vocab
 from opdjax.data.prompts import collate, encode_prompts, load_rows
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
 from opdjax.engine.sampler import sample
-from opdjax.models.hf import load_params, open_checkpoint
+from opdjax.models.hf import CheckpointError, load_params, open_checkpoint
 from opdjax.rollouts import one_model
 from opdjax.rollouts.export import export_student, pinned, recorded_use
-from opdjax.rollouts.one_model import load
+from opdjax.rollouts.one_model import describe, load
 from opdjax.rollouts.setup import facts, prepare, stop_ids
 from opdjax.runs.workdir import append_lines, claim, read_lines
 from opdjax.train import train
@@ -260,6 +267,27 @@ def test_a_model_card_describes_the_run(exported):
     ):
         assert text in card, card
     assert "base_model" not in card  # a local directory is not a model of the hub
+
+
+def test_a_file_that_changed_since_the_export_is_named(exported, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported, copy)
+    (copy / "README.md").write_text("mine")
+    assert describe(str(copy))["files"].endswith(" as exported")
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-5] ^= 16
+    (copy / "model.safetensors").write_bytes(data)
+    record = json.loads((copy / "opdjax.json").read_text())
+    record["config"]["evaluation"]["top_p"] = 0.5
+    (copy / "opdjax.json").write_text(json.dumps(record))
+    words = f"{copy} is not what was exported: opdjax.json, model.safetensors changed or missing"
+    with pytest.raises(CheckpointError, match=words):
+        describe(str(copy))
+
+
+@pytest.mark.parametrize("model", [MINI_STUDENT, MINI_TEACHER])
+def test_the_mini_pair_has_its_digests(model):
+    assert describe(model)["files"] == "7 as exported"
 
 
 def test_a_student_is_pushed_to_the_hub(tiny_run, tmp_path, monkeypatch, capsys):

@@ -20,8 +20,11 @@ from opdjax.config import (
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import ConfigError, from_dict, to_dict
 from opdjax.runs.workdir import (
+    SPENDING,
+    RowCounter,
     WorkdirError,
     append_lines,
+    check_logs,
     claim,
     cut_lines,
     environment,
@@ -360,3 +363,85 @@ def test_a_run_that_an_earlier_version_began_is_continued(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"config": saved, **facts}))
     with pytest.raises(WorkdirError, match=r"undo \(there -> now\):\n  optimizer.b1: 0.8 -> 0.9$"):
         claim(tmp_path, today, facts)
+
+
+# Rows that belong before a checkpoint
+
+
+def logged(workdir, steps):
+    append_lines(workdir / "metrics.jsonl", [{"step": step, "x": 0.1 * step} for step in steps])
+    usage = [{"step": step, "role": "judge", "calls": 3, "dollars": 0.25} for step in steps]
+    append_lines(workdir / SPENDING, usage)
+
+
+@pytest.fixture
+def counted(tmp_path):
+    """A work directory and what belongs before its step 4; rows of step 5 are written too."""
+    counter = RowCounter(tmp_path)
+    logged(tmp_path, (1, 2))
+    append_lines(tmp_path / "rubrics.jsonl", [{"step": 5}, {"step": 1}])
+    first = counter.until(2)
+    assert first["metrics.jsonl"]["rows"] == 2
+    assert first["spent"]["dollars"] == 0.5
+    logged(tmp_path, (3, 4))
+    before = counter.until(4)
+    assert before == RowCounter(tmp_path).until(4)
+    assert before["rubrics.jsonl"]["rows"] == 1
+    assert "samples.jsonl" not in before
+    logged(tmp_path, (5,))
+    return tmp_path, json.loads(json.dumps(before))
+
+
+def test_nothing_is_said_of_a_whole_log(counted, capsys):
+    workdir, before = counted
+    check_logs(workdir, 4, before)
+    for name in ("metrics.jsonl", "rubrics.jsonl"):
+        cut_lines(workdir / name, 4)
+    check_logs(workdir, 4, before)
+    check_logs(workdir, 4, {})
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rubrics.jsonl"])
+def test_lost_and_changed_rows_are_counted(counted, name, capsys):
+    workdir, before = counted
+    text, number = (workdir / name).read_text(), before[name]["rows"]
+    (workdir / name).write_text(text.replace('"step": 1', '"step": 1, "y": 0', 1))
+    check_logs(workdir, 4, before)
+    said = capsys.readouterr().out
+    assert f"{workdir / name} has {number} of the {number} rows up to step 4, some of" in said
+    (workdir / name).write_text("".join(row for row in text.splitlines(True) if ": 1" not in row))
+    check_logs(workdir, 4, before)
+    said = capsys.readouterr().out
+    assert f"{workdir / name} has {number - 1} of the {number} rows up to step 4, others" in said
+    (workdir / name).unlink()
+    check_logs(workdir, 4, before)
+    assert "has 0 of" in capsys.readouterr().out
+
+
+def test_lost_spending_stops_the_run_until_it_is_written_again(counted, capsys):
+    workdir, before = counted
+    file = workdir / SPENDING
+    file.write_text("".join(file.read_text().splitlines(True)[3:]))
+    with pytest.raises(WorkdirError, match="has lost usage that checkpoint 4 counts") as error:
+        check_logs(workdir, 4, before)
+    row = str(error.value).rpartition("this row for it: ")[2]
+    assert json.loads(row) == {"step": 4, "role": "lost", "calls": 6, "dollars": 0.5}
+    with file.open("a") as opened:
+        opened.write(row + "\n")
+    check_logs(workdir, 4, before)
+    assert f"{file} has 3 of the 4 rows" in capsys.readouterr().out
+
+
+def test_spending_that_only_grew_on_paper_is_said(counted, capsys):
+    workdir, before = counted
+    (workdir / SPENDING).write_text((workdir / SPENDING).read_text().replace("0.25", "0.75", 1))
+    check_logs(workdir, 4, before)
+    assert "spending.jsonl has 4 of the 4 rows up to step 4, some" in capsys.readouterr().out
+
+
+def test_a_row_without_a_step_is_named(counted):
+    workdir, before = counted
+    (workdir / "metrics.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(WorkdirError, match="metrics.jsonl has a row without its step"):
+        check_logs(workdir, 4, before)

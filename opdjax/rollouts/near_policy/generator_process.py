@@ -65,7 +65,7 @@ def _locked_store(workdir: pathlib.Path, config: Config | None) -> Iterator[Roll
         workdir = mirror.directory
         given = read_config(workdir) if config is None else config
         near, mesh = given.near_policy, given.mesh
-        if near.generator == "process" and mirror.is_remote:
+        if near.generator == "process" and is_remote(mirror.name):
             raise WorkdirError(
                 f"{mirror.name}: a learner and its generator need a shared file system; mount the "
                 "bucket"
