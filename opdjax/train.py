@@ -235,6 +235,9 @@ def _run(
             if step > (checkpointer.latest_step or 0) and not int(state.nonfinite_streak):
                 save(step)
             checkpointer.wait()
+            if is_stop_requested(step):
+                text = _stop_message(step, checkpointer.latest_step, mirror.name)
+                raise InterruptedRunError(text) from None
             raise
         current = with_current_teacher(setup, source.teacher_params)
         if _is_due(done, config.log.samples_every) or (config.log.samples_every and done == 1):

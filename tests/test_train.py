@@ -204,6 +204,23 @@ def test_a_second_interrupt_ends_a_run_at_once():
     assert "a second Ctrl-C ends the run at once" in ran.stderr
 
 
+LATE = """
+import os, signal, time
+from opdjax.ops.multihost import stop_requests
+
+with stop_requests():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def test_a_preemption_ends_a_step_that_takes_too_long():
+    given = environment(OPDJAX_STOP_SECONDS="0.2")
+    ran = subprocess.run([sys.executable, "-c", LATE], env=given, capture_output=True, text=True)
+    assert ran.returncode == 143
+    assert "the same command continues from the last checkpoint" in ran.stderr
+
+
 @pytest.mark.long
 def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(tiny_run, tmp_path):
     workdir, rng = tmp_path / "run", random.Random(0)
