@@ -39,6 +39,7 @@ ALIASES = {"teach": "references", "annotate": "score", "inspect": "rollouts", "i
 
 # Errors of the package that a caller inside it handles: one that gets here is a bug.
 _INTERNAL_ERRORS = ("ReplyError",)
+_NO_MEMORY = "RESOURCE_EXHAUSTED"  # in an error of jax
 _CACHE_BYTES = 4 << 30  # of compiled programs; jax drops the ones that were used longest ago
 
 
@@ -92,18 +93,25 @@ def compilation_cache() -> dict[str, str]:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether a user can fix an error: one of the operating system (files, disks, the network), or
-    of a public class of the package. It goes by names: an import of the classes would load jax.
+    """Whether a user can fix an error: one of the operating system (files, disks, the network), of
+    a device without memory, or of a public class of the package. It goes by names: an import of the
+    classes would load jax.
     """
     own = [base.__name__ for base in type(error).__mro__ if base.__module__.startswith("opdjax.")]
     is_own = any(not name.startswith("_") and name not in _INTERNAL_ERRORS for name in own)
-    return is_own or isinstance(error, OSError)
+    return is_own or isinstance(error, OSError) or _NO_MEMORY in str(error)
 
 
 def _text(error: BaseException) -> str:
     """What an error says. Python's own errors of files begin with a number."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if _NO_MEMORY in str(error):
+        first = str(error).partition("\n")[0]
+        return (
+            f"{first.rstrip('.')}; raise train.gradient_accumulation_steps or lower sampling.slots "
+            "(`opdjax plan` estimates the memory), and the same command continues"
+        )
     return str(error) or type(error).__name__
 
 

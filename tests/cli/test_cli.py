@@ -477,6 +477,14 @@ def test_every_error_of_the_package_is_either_the_users_or_internal():
         assert main.is_user_error(instance) != (name in INTERNAL), name
 
 
+def test_a_device_without_memory_is_the_users_to_help():
+    error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand its stack")
+    assert main.is_user_error(error)
+    advice = "Out of memory allocating 9 bytes; raise train.gradient_accumulation_steps"
+    assert advice in main._text(error)
+    assert "stack" not in main._text(error)
+
+
 @pytest.mark.parametrize(
     "words", [("check",), ("evaluate",), ("sample", "1+1=")], ids=lambda words: words[0]
 )
