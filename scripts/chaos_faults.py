@@ -16,6 +16,7 @@ import random
 import re
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -62,7 +63,7 @@ class Moment:
     mark: str  # a file that says when the fault struck; not below the root
     draw: random.Random
 
-    def strike(self, act: Callable[[str], None], *, once: bool = True) -> None:
+    def strike(self, act: Callable[[str], None] = lambda path: None, *, once: bool = True) -> None:
         """Call `act(path)` then, and if not `once` also at every later write of the kind."""
         seen, pattern = itertools.count(1), re.compile(KINDS.get(self.kind, ""))
 
@@ -109,6 +110,17 @@ def send(number: int, longest: float = 0.3) -> Callable[[Moment], None]:
     return arm
 
 
+def pause(moment: Moment) -> None:
+    """SIGSTOP, and SIGCONT half a second later."""
+
+    def stop(path: str) -> None:
+        pid = os.getpid()
+        subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -CONT {pid}"])
+        os.kill(pid, signal.SIGSTOP)
+
+    moment.strike(stop)
+
+
 def refuse(code: int) -> Callable[[Moment], None]:
     """From this write on, the system refuses writes of this kind."""
 
@@ -122,8 +134,8 @@ def refuse(code: int) -> Callable[[Moment], None]:
 
 
 def fill(moment: Moment) -> None:
-    """From this write on, no file grows beyond 64 bytes, whoever writes it."""
-    limit = 64, resource.RLIM_INFINITY
+    """From this write on, no file may grow beyond 100 kB; files of weights do."""
+    limit = 100_000, resource.RLIM_INFINITY
     moment.strike(lambda path: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
 
 
@@ -223,14 +235,14 @@ class Fault:
     may_lose: bool = False  # it may end otherwise, and says so
 
 
-DAMAGE = {"may_stop": True, "may_lose": True, "arm": send(signal.SIGKILL), "kinds": "."}
+DAMAGE = {"may_stop": True, "may_lose": True, "arm": send(signal.SIGKILL, 0), "kinds": "."}
 ROWS = DAMAGE | {"kinds": "metrics|samples|evaluations|judgements|spending|timeline"}
 FAULTS = {
     "kill": Fault(send(signal.SIGKILL)),
     "kill at a file": Fault(send(signal.SIGKILL, 0.02), kinds="."),
     "SIGTERM": Fault(send(signal.SIGTERM, 2)),
     "SIGINT": Fault(send(signal.SIGINT)),
-    "SIGSTOP": Fault(send(signal.SIGSTOP)),
+    "SIGSTOP": Fault(pause),
     "no space": Fault(refuse(errno.ENOSPC), kinds="."),
     "full disk": Fault(fill, kinds="."),
     "read-only": Fault(refuse(errno.EROFS)),
@@ -247,7 +259,7 @@ FAULTS = {
     "deleted row": Fault(damage=drop_row, **ROWS),
     "poisoned row": Fault(scene="poison", modes="on-policy|inline", may_stop=True, may_lose=True),
     "second run": Fault(scene="second", modes="^(?!two)"),
-    "split brain": Fault(send(signal.SIGSTOP), scene="takeover", modes="gs"),
+    "split brain": Fault(send(signal.SIGSTOP, 0), scene="takeover", modes="gs"),
     "lost lease": Fault(scene="lease", modes="gs"),
     "storage faults": Fault(scene="storage", modes="gs"),
     "judge faults": Fault(scene="--faults 0.25", modes="judged", may_lose=True),

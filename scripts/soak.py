@@ -23,7 +23,7 @@ import time
 
 import matplotlib.pyplot as plt
 from benchmarks.core import to_markdown
-from chaos import BASE, MODES, judge_server
+from chaos_runs import BASE, MODES, judge_server
 from scipy.stats import theilslopes
 
 from opdjax.config import Config
