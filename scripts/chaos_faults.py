@@ -104,8 +104,12 @@ def send(number: int, longest: float = 0.3) -> Callable[[Moment], None]:
             moment.note()
             os.kill(os.getpid(), number)
 
-        later = lambda: threading.Timer(delay, kill).start()
-        moment.strike(lambda path: later() if delay else kill())
+        def later() -> None:
+            time.sleep(delay)
+            kill()
+
+        start = lambda: threading.Thread(target=later, daemon=True).start()
+        moment.strike(lambda path: start() if delay else kill())
 
     return arm
 
