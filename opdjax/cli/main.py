@@ -4,6 +4,7 @@ Heavy imports happen inside the commands, so that help is instant.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
@@ -105,7 +106,9 @@ def is_user_error(error: BaseException) -> bool:
 def _text(error: BaseException) -> str:
     """What an error says. Python's own errors of files begin with a number."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        is_full = error.errno == errno.ENOSPC and "make room" not in error.strerror
+        advice = "; make room and run the same command again" if is_full else ""
+        return f"{error.filename}: {error.strerror}{advice}"
     if _NO_MEMORY in str(error):
         first = str(error).partition("\n")[0]
         return (
