@@ -10,6 +10,8 @@ import os
 import pathlib
 import platform
 import sys
+import threading
+import time
 import traceback
 
 from opdjax.cli.experiments import experiments
@@ -41,6 +43,7 @@ ALIASES = {"teach": "references", "annotate": "score", "inspect": "rollouts", "i
 # Errors of the package that a caller inside it handles: one that gets here is a bug.
 _INTERNAL_ERRORS = ("ReplyError",)
 _NO_MEMORY = "RESOURCE_EXHAUSTED"  # in an error of jax
+_EXIT_SECONDS = 3.0
 _CACHE_BYTES = 4 << 30  # of compiled programs; jax drops the ones that were used longest ago
 
 
@@ -73,7 +76,9 @@ def main() -> None:
         if is_debugging:
             traceback.print_exc()
         _report(_text(error))
-        sys.exit(getattr(error, "exit_status", 2))
+        status = getattr(error, "exit_status", 2)
+        _bound_exit(status)
+        sys.exit(status)
 
 
 def compilation_cache() -> dict[str, str]:
@@ -116,6 +121,21 @@ def _text(error: BaseException) -> str:
             "(`opdjax plan` estimates the memory), and the same command continues"
         )
     return str(error) or type(error).__name__
+
+
+def _bound_exit(status: int) -> None:
+    """Let the interpreter wait only for seconds for threads that are left. Those of a save that has
+    failed wait up to twenty minutes for what never comes.
+    """
+
+    def end() -> None:
+        threading.main_thread().join()
+        time.sleep(_EXIT_SECONDS)
+        os._exit(status)
+
+    others = set(threading.enumerate()) - {threading.current_thread()}
+    if any(not thread.daemon for thread in others):
+        threading.Thread(target=end, daemon=True).start()
 
 
 def _report(message: str) -> None:
