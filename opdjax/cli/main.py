@@ -125,7 +125,7 @@ def _text(error: BaseException) -> str:
 
 def _bound_exit(status: int) -> None:
     """Let the interpreter wait only for seconds for threads that are left. Those of a save that has
-    failed wait up to twenty minutes for what never comes.
+    failed wait five minutes for what never comes.
     """
 
     def end() -> None:
