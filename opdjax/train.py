@@ -239,11 +239,12 @@ def _run(
         done = step + 1
         try:
             data = source.next(step, timer)
-        except SourceStoppedError:
+        except SourceStoppedError as error:
             if step > (checkpointer.latest_step or 0) and not int(state.nonfinite_streak):
                 save(step)
             checkpointer.wait()
-            raise
+            stopped = is_stop_requested(step) and _stopped(step, checkpointer, mirror)
+            raise (stopped or error) from error.__cause__
         current = with_current_teacher(setup, source.teacher_params)
         if _is_due(done, config.log.samples_every) or (config.log.samples_every and done == 1):
             params = copy_weights() if source.params is None else source.params
@@ -283,8 +284,7 @@ def _run(
         streak = int(state.nonfinite_streak)
         if streak >= MAX_NONFINITE_STEPS:
             checkpointer.wait()
-            kept = checkpointer.latest_step, mirror.checkpoints
-            raise NonFiniteLossError(_nonfinite_message(done, streak, *kept))
+            raise NonFiniteLossError(_nonfinite_message(done, streak, checkpointer, mirror))
         is_evaluated = done == num_steps or _is_due(done, config.evaluation.every)
         scores = _evaluate(setup, workdir, done, copy_weights, writer) if is_evaluated else None
         is_last = done == num_steps or _is_out_of_patience(config, workdir, done)
@@ -297,7 +297,7 @@ def _run(
             save(done, scores)
         if is_stopped:
             checkpointer.wait()
-            raise InterruptedRunError(_stop_message(done, checkpointer.latest_step, mirror.name))
+            raise _stopped(done, checkpointer, mirror)
         if is_last:
             break
         source.publish(done, copy_weights, timer)
@@ -340,11 +340,12 @@ def _is_due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _stop_message(done: int, latest: int | None, workdir: str) -> str:
+def _stopped(done: int, checkpointer: Checkpointer, mirror: WorkdirMirror) -> InterruptedRunError:
+    latest = checkpointer.latest_step
     kept = f"step {latest} is saved" if latest else "nothing is saved yet"
-    return (
+    return InterruptedRunError(
         f"stopped after step {done}, as asked by a signal; {kept}, and the same command continues "
-        f"{workdir}"
+        f"{mirror.name}"
     )
 
 
@@ -371,9 +372,11 @@ def _is_out_of_patience(config: Config, workdir: pathlib.Path, step: int) -> boo
     return agreed((on_process_zero(count) or 0) >= patience)
 
 
-def _nonfinite_message(done: int, streak: int, latest: int | None, checkpoints: Any) -> str:
-    kept = f"the last good checkpoint in {checkpoints} is step {latest}"
-    if latest is None:
+def _nonfinite_message(
+    done: int, streak: int, checkpointer: Checkpointer, mirror: WorkdirMirror
+) -> str:
+    kept = f"the last good checkpoint in {mirror.checkpoints} is step {checkpointer.latest_step}"
+    if checkpointer.latest_step is None:
         kept = "there is no good checkpoint yet"
     return (
         f"steps {done - streak + 1} to {done} had no finite loss or gradient; {kept}. Lower "

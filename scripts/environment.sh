@@ -17,7 +17,9 @@ sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
     return 1
 }
 
-stamp=".venv/.installed-${extra:-core}"
+# LOCKED=1 installs the versions that the tests last passed with, not the newest ones.
+constraint="${LOCKED:+requirements/test.txt}"
+stamp=".venv/.installed-${extra:-core}${LOCKED:+-locked}"
 if [ ! -x .venv/bin/python ]; then
     python=$(find_python) || exit 1
     echo "making .venv with $("$python" --version)"
@@ -25,9 +27,10 @@ if [ ! -x .venv/bin/python ]; then
     "$python" -m venv .venv
 fi
 # Installs again only after a change of the dependencies.
-if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ] || [ pyproject.toml -nt "$stamp" ] ||
+    [ "${constraint:-setup.cfg}" -nt "$stamp" ]; then
     echo "installing opdjax${extra:+ with its $extra extra} into .venv (two minutes the first time)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-        --editable ".${extra:+[$extra]}"
+        ${constraint:+--constraint "$constraint"} --editable ".${extra:+[$extra]}"
     touch "$stamp"
 fi

@@ -5,12 +5,10 @@ non-finite losses, and exports what it trained.
 import dataclasses
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -23,16 +21,12 @@ from tiny_runs import (
     column,
     environment,
     final_weights,
-    finish,
     interrupted_at,
     recorded_updates,
     samples,
-    save,
-    start,
     vary,
     without_times,
 )
-from waiting import until
 
 import opdjax.train
 from opdjax.cli.export import export_step
@@ -147,45 +141,6 @@ def test_lost_rows_of_a_log_are_said(tiny_run, tmp_path, capsys):
     assert f"note: {run}/samples.jsonl has 0 of the " in out
 
 
-KILLED = """
-import os, signal
-from opdjax.cli import main
-from opdjax.runs.metrics import MetricWriter
-from opdjax.runs.results import read_run
-
-real = MetricWriter.write
-
-def write(self, step, metrics):
-    real(self, step, metrics)
-    if step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-MetricWriter.write = write
-main.main()
-"""
-
-
-def test_a_killed_run_ends_like_an_undisturbed_one(tiny_run, tmp_path, capsys):
-    """SIGKILL after the fifth step of a process of its own, then the same run again. Evaluation
-    changes nothing of the training, and these runs do without.
-    """
-    workdir, config = tmp_path / "run", vary(evaluation={"source": None})
-    arguments = ["train", str(save(config, tmp_path / "run.json")), "--workdir", str(workdir)]
-    # As many simulated devices as here: they share the threads that split a product.
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments],
-        env=environment(jax.device_count()),
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL
-    assert column(workdir, "step") == [1, 2, 3, 4, 5]
-    train(config, workdir)
-    assert "continuing from step " in capsys.readouterr().out
-    assert without_times(workdir) == without_times(tiny_run)
-    assert samples(workdir) == samples(tiny_run)
-    assert_equal_trees(final_weights(workdir), final_weights(tiny_run))
-
-
 @pytest.mark.parametrize(
     "number",
     [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
@@ -236,18 +191,21 @@ def test_a_second_interrupt_ends_a_run_at_once():
     assert "a second Ctrl-C ends the run at once" in ran.stderr
 
 
-@pytest.mark.long
-def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(tiny_run, tmp_path):
-    workdir, rng = tmp_path / "run", random.Random(0)
-    for count in (rng.randint(1, 2), rng.randint(3, 4)):
-        (process,) = start(TINY, workdir)
-        rows = lambda: len(read_lines(workdir / "metrics.jsonl"))
-        until(lambda: rows() >= count or process.poll() is not None, interval=0.002)  # noqa: B023
-        time.sleep(rng.random() * 0.05)
-        process.kill()
-        process.wait()
-    finish(start(TINY, workdir), workdir)
-    assert_same_run(tiny_run, workdir)
+LATE = """
+import os, signal, time
+from opdjax.ops.multihost import stop_requests
+
+with stop_requests():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def test_a_preemption_ends_a_step_that_takes_too_long():
+    given = environment(OPDJAX_STOP_SECONDS="0.2")
+    ran = subprocess.run([sys.executable, "-c", LATE], env=given, capture_output=True, text=True)
+    assert ran.returncode == 143
+    assert "the same command continues from the last checkpoint" in ran.stderr
 
 
 def test_a_loss_that_stays_non_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):

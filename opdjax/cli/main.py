@@ -4,11 +4,14 @@ Heavy imports happen inside the commands, so that help is instant.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
 import platform
 import sys
+import threading
+import time
 import traceback
 
 from opdjax.cli.experiments import experiments
@@ -39,6 +42,8 @@ ALIASES = {"teach": "references", "annotate": "score", "inspect": "rollouts", "i
 
 # Errors of the package that a caller inside it handles: one that gets here is a bug.
 _INTERNAL_ERRORS = ("ReplyError",)
+_NO_MEMORY = "RESOURCE_EXHAUSTED"  # in an error of jax
+_EXIT_SECONDS = 3.0
 _CACHE_BYTES = 4 << 30  # of compiled programs; jax drops the ones that were used longest ago
 
 
@@ -71,7 +76,9 @@ def main() -> None:
         if is_debugging:
             traceback.print_exc()
         _report(_text(error))
-        sys.exit(getattr(error, "exit_status", 2))
+        status = getattr(error, "exit_status", 2)
+        _bound_exit(status)
+        sys.exit(status)
 
 
 def compilation_cache() -> dict[str, str]:
@@ -92,17 +99,42 @@ def compilation_cache() -> dict[str, str]:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether a user can fix an error: an OSError, or one of the package's, known by its name."""
+    """Whether a user can fix an error: an OSError, a device without memory, or an error of the
+    package, known by its name.
+    """
     own = [base.__name__ for base in type(error).__mro__ if base.__module__.startswith("opdjax.")]
     is_own = any(not name.startswith("_") and name not in _INTERNAL_ERRORS for name in own)
-    return is_own or isinstance(error, OSError)
+    return is_own or isinstance(error, OSError) or _NO_MEMORY in str(error)
 
 
 def _text(error: BaseException) -> str:
     """What an error says. Python's own errors of files begin with a number."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        is_full = error.errno == errno.ENOSPC and "make room" not in error.strerror
+        advice = "; make room and run the same command again" if is_full else ""
+        return f"{error.filename}: {error.strerror}{advice}"
+    if _NO_MEMORY in str(error):
+        first = str(error).partition("\n")[0]
+        return (
+            f"{first.rstrip('.')}; raise train.gradient_accumulation_steps or lower sampling.slots "
+            "(`opdjax plan` estimates the memory), and the same command continues"
+        )
     return str(error) or type(error).__name__
+
+
+def _bound_exit(status: int) -> None:
+    """Let the interpreter wait only for seconds for threads that are left. Those of a save that has
+    failed wait five minutes for what never comes.
+    """
+
+    def end() -> None:
+        threading.main_thread().join()
+        time.sleep(_EXIT_SECONDS)
+        os._exit(status)
+
+    others = set(threading.enumerate()) - {threading.current_thread()}
+    if any(not thread.daemon for thread in others):
+        threading.Thread(target=end, daemon=True).start()
 
 
 def _report(message: str) -> None:

@@ -7,17 +7,24 @@ import contextlib
 import dataclasses
 import pathlib
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 from opdjax.config.api import RULE_JUDGE, ApiConfig, Endpoint
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.judge.cache import ReplyCache
 from opdjax.judge.client import ApiClient
+from opdjax.judge.replies import ApiError
 from opdjax.judge.rule_based.rules import answer
 from opdjax.judge.structured_output import Judge
 from opdjax.runs.workdir import SPENDING, append_lines, read_lines
+
+_POLL_SECONDS = 0.2  # between looks for a request to stop
+
+
+class WaitStoppedError(ApiError):
+    """The run was asked to stop while it waited for judges."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +35,24 @@ class BackgroundJudge:
     judge: Judge
     loop: asyncio.AbstractEventLoop
     workdir: pathlib.Path
+    is_stop_requested: Callable[[], bool] = lambda: False
 
     def submit(self, request: Coroutine) -> Future:
         """Start a request (a coroutine); returns its future."""
         return asyncio.run_coroutine_threadsafe(request, self.loop)
 
     def results(self, futures: Sequence[Future]) -> list[Any]:
-        """Wait for all results; the first error cancels the other requests and is raised."""
+        """Wait for all results; the first error cancels the other requests and is raised. A judge
+        may take minutes, so that a request to stop ends the wait: WaitStoppedError.
+        """
+        found = []
         try:
-            return [future.result() for future in futures]
+            for future in futures:
+                while not wait([future], _POLL_SECONDS).done:
+                    if self.is_stop_requested():
+                        raise WaitStoppedError("the run was asked to stop")
+                found.append(future.result())
+            return found
         finally:
             for future in futures:
                 future.cancel()
@@ -77,6 +93,7 @@ def open_background_judge(
     api: ApiConfig,
     rubrics: RubricsConfig,
     workdir: pathlib.Path,
+    is_stop_requested: Callable[[], bool] = lambda: False,
 ) -> Iterator[BackgroundJudge]:
     """A judge with these endpoints by role; on exit its requests are cancelled.
 
@@ -88,7 +105,8 @@ def open_background_judge(
         _running_loop() as loop,
     ):
         client = ApiClient(roles, api, cache, spent, {RULE_JUDGE: answer})
-        background = BackgroundJudge(client, Judge(client.complete, rubrics), loop, workdir)
+        judge = Judge(client.complete, rubrics)
+        background = BackgroundJudge(client, judge, loop, workdir, is_stop_requested)
         try:
             yield background
         finally:

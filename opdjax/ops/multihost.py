@@ -112,13 +112,21 @@ def agreed(value: bool) -> bool:
 @contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Yields `is_requested(step)`: whether a process of the run received SIGTERM or Ctrl-C. All
-    processes get the same answer at the same step. A second Ctrl-C ends the process at once.
+    processes get the same answer at the same step. A second Ctrl-C ends the process at once, and so
+    does SIGTERM if a run of one process does not ask within $OPDJAX_STOP_SECONDS: the sender may
+    kill it soon, and what is saved continues in the same way.
     """
     is_alone = jax.process_count() == 1
     received: list[int] = []
-    is_requested = lambda step: bool(received)
-    if not is_alone:
-        is_requested = multihost_utils.reached_preemption_sync_point
+    is_seen = threading.Event()
+
+    def is_requested(step: int) -> bool:
+        if not is_alone:
+            return multihost_utils.reached_preemption_sync_point(step)
+        if received:
+            is_seen.set()
+        return bool(received)
+
     if threading.current_thread() is not threading.main_thread():  # python allows no handler there
         yield is_requested
         return
@@ -131,7 +139,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reader, handled, received), daemon=True)
+    watched = reader, handled, received, is_seen
+    watcher = threading.Thread(target=_watch, args=watched, daemon=True)
     watcher.start()
     try:
         yield is_requested
@@ -139,6 +148,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
         error.exit_status = 128 + (received or [signal.SIGTERM])[0]
         raise
     finally:
+        is_seen.set()  # the run has ended
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -147,11 +157,13 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
         os.close(reader)
 
 
-def _watch(reader: int, handled: set[int], received: list[int]) -> None:
+def _watch(reader: int, handled: set[int], received: list[int], is_seen: threading.Event) -> None:
     """Act on the signals whose numbers can be read, until the end of the file."""
     interrupts = 0
     while found := os.read(reader, 1):
         received += [number for number in found if number in handled]
+        if signal.SIGTERM in received:
+            threading.Thread(target=_end_unless, args=(is_seen,), daemon=True).start()
         if found[0] != signal.SIGINT or found[0] not in handled:
             continue
         interrupts += 1
@@ -161,3 +173,15 @@ def _watch(reader: int, handled: set[int], received: list[int]) -> None:
         print(text, file=sys.stderr, flush=True)
         if signal.SIGTERM not in handled:  # jax handles it, and tells the other processes
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end_unless(is_seen: threading.Event) -> None:
+    """End the process if the run does not see the request to stop in time."""
+    seconds = float(os.environ.get("OPDJAX_STOP_SECONDS", 8))
+    if not is_seen.wait(seconds):
+        text = (
+            f"opdjax: stopped, as asked by SIGTERM, within what takes longer than {seconds:g} s "
+            "($OPDJAX_STOP_SECONDS); the same command continues from the last checkpoint"
+        )
+        print(text, file=sys.stderr, flush=True)
+        os._exit(InterruptedRunError.exit_status)

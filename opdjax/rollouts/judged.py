@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -65,11 +65,14 @@ ROWS = "rubrics.jsonl"  # the judgements of every step
 
 
 def background_judge(
-    config: Config, workdir: pathlib.Path
+    config: Config,
+    workdir: pathlib.Path,
+    is_stop_requested: Callable[[], bool] = lambda: False,
 ) -> contextlib.AbstractContextManager[BackgroundJudge]:
     """The judge of the config, on a background thread; at the end its requests are cancelled."""
     endpoints = {role: config.endpoint(role) for role in ROLES if getattr(config, role).model}
-    return open_background_judge(endpoints, config.api, config.rubrics, workdir)
+    given = config.api, config.rubrics, workdir, is_stop_requested
+    return open_background_judge(endpoints, *given)
 
 
 class JudgedSource(RolloutSource):

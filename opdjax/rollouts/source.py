@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import jax
+
 from opdjax.models.decoder import Params
 from opdjax.ops.multihost import on_process_zero
 from opdjax.rollouts.setup import Setup
@@ -71,8 +73,12 @@ def open_source(
         if setup.config.is_judged:
             from opdjax.rollouts.judged import JudgedSource, background_judge
 
-            judge = lambda: resources.enter_context(background_judge(setup.config, workdir))
-            yield JudgedSource(setup, workdir, on_process_zero(judge))
+            # Of several processes, one alone must not stop.
+            is_alone = jax.process_count() == 1
+            is_stopped = lambda: is_alone and is_stop_requested(first)
+            judge = background_judge(setup.config, workdir, is_stopped)
+            opened = on_process_zero(lambda: resources.enter_context(judge))
+            yield JudgedSource(setup, workdir, opened)
             return
         if near.schedule == "none":
             from opdjax.rollouts.on_policy import OnPolicySource

@@ -52,7 +52,8 @@ class Checkpointer:
         keep: int,
         is_read_only: bool = False,
     ):
-        # Orbax logs every step of every save; failures surface as exceptions.
+        # Orbax logs every step of every save, and tracebacks of failures that also surface as
+        # exceptions.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         best = BestN(
             get_metric_fn=lambda metrics: metrics[_BEST],

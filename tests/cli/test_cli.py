@@ -15,9 +15,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from opdjax.cli.grade_samples import grade_sample
 
 from opdjax.cli import main
-from opdjax.cli.grade_samples import grade_sample
 from opdjax.cli.parsing import load_experiment
 from opdjax.config import (
     MINI_PAIR,
@@ -514,6 +514,34 @@ def test_every_error_of_the_package_is_either_the_users_or_internal():
         error_class = getattr(importlib.import_module(module), error)
         instance = error_class.__new__(error_class)  # their constructors differ
         assert main.is_user_error(instance) != (name in INTERNAL), name
+
+
+STUCK = """
+import sys, threading, time
+from opdjax.cli import main
+
+def failing(arguments):
+    threading.Thread(target=time.sleep, args=(100,)).start()
+    raise OSError(28, "No space left on device", "/runs/1")
+
+main.COMMANDS["train"], main._EXIT_SECONDS, sys.argv = failing, 0.2, ["opdjax", "train"]
+main.main()
+"""
+
+
+def test_a_thread_that_waits_for_ever_does_not_keep_a_failed_command():
+    ran = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+    line = "/runs/1: No space left on device; make room and run the same command again"
+    assert ran.stderr == f"opdjax: {line}\n"
+
+
+def test_a_device_without_memory_is_the_users_to_help():
+    error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand its stack")
+    assert main.is_user_error(error)
+    advice = "Out of memory allocating 9 bytes; raise train.gradient_accumulation_steps"
+    assert advice in main._text(error)
+    assert "stack" not in main._text(error)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,14 @@ they are told.
 """
 
 import asyncio
+import threading
+import time
+
+import pytest
 
 from opdjax.config.api import ApiConfig, Endpoint
 from opdjax.config.rubrics import RubricsConfig
-from opdjax.judge.background import SPENDING, open_background_judge
+from opdjax.judge.background import SPENDING, WaitStoppedError, open_background_judge
 from opdjax.judge.cache import ReplyCache
 from opdjax.judge.client import ApiClient
 from opdjax.judge.replies import ApiUnavailableError, Reply, SpendingCapError
@@ -25,6 +29,20 @@ def test_what_was_answered_when_a_run_ends_is_kept_as_spent(judge_server, tmp_pa
     assert {row["step"] for row in read_lines(tmp_path / SPENDING)} == {3}
     with open_background_judge(roles, ApiConfig(), RubricsConfig(), tmp_path) as background:
         assert background.client.spent == spent
+
+
+def test_a_request_to_stop_ends_the_wait_for_a_judge(start_judge, tmp_path):
+    began, asked_to_stop = time.monotonic(), []
+    with start_judge("--latency", 60) as base_url:
+        roles = {"verifier": Endpoint(base_url, "rules")}
+        given = roles, ApiConfig(), RubricsConfig(), tmp_path, lambda: bool(asked_to_stop)
+        with open_background_judge(*given) as background:
+            threading.Timer(0.3, asked_to_stop.append, (1,)).start()
+            with pytest.raises(WaitStoppedError):
+                background.results(
+                    [background.submit(background.client.complete("verifier", ASKED))]
+                )
+    assert time.monotonic() - began < 30
 
 
 def test_two_runs_that_ask_the_same_at_once_go_on_with_one_reply(judge_server, tmp_path):

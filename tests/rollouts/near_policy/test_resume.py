@@ -73,10 +73,8 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "moment",
-    ["thread, drawing", *(pytest.param(m, marks=pytest.mark.long) for m in list(MOMENTS)[1:])],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_an_interrupted_run_ends_like_an_undisturbed_one(moment, request, tmp_path, monkeypatch):
     """A thread also generates what the learner itself would have."""
     config, where, name, count = MOMENTS[moment]
