@@ -138,7 +138,9 @@ def _bound_exit(status: int) -> None:
 
 
 def _report(message: str) -> None:
-    print(f"opdjax: {message}", file=sys.stderr)
+    # Names of files and words of servers may hold commands to a terminal.
+    shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+    print(f"opdjax: {''.join(shown)}", file=sys.stderr)
 
 
 def _usage() -> str:

@@ -12,19 +12,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jinja2
+from opdjax.data.templates import TEMPLATE_ERRORS
+from opdjax.data.tokenizer import REASONING, TokenizerError, chat_text
+from opdjax.runs.bounds import PROMPT_CHARS
 
-from opdjax.data.tokenizer import REASONING, FileTokenizer, TokenizerError
-
-# Errors of a template that does not fit the prompt: Jinja's own and those of its expressions.
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-)
 # A turn has a role, a content (a text, text parts, or null beside calls of tools) and any other
 # fields that its chat template may read.
 Message = dict[str, Any]
@@ -115,6 +106,9 @@ def render(
     `date`: today, YYYY-MM-DD, for a template that reads the clock; None: the clock. Raises
     ValueError if the prompt does not fit the format, or the template does not read a part.
     """
+    if isinstance(prompt, str) and len(prompt) > PROMPT_CHARS:
+        found = f"the prompt has {len(prompt)} characters; expected at most {PROMPT_CHARS}"
+        raise ValueError(f"{found}: shorten it, or take it out of the data")
     if format == "raw":
         if tools or not isinstance(prompt, str):
             raise ValueError(
@@ -188,16 +182,10 @@ def _template_ids(
     add_generation_prompt: bool,
 ) -> list[int]:
     """Token ids of a conversation; ValueError, which names what the template does not read."""
-    today = datetime.date.fromisoformat(date) if date else datetime.date.today()
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    if reads_clock(tokenizer) and isinstance(tokenizer, FileTokenizer):
-        options["strftime_now"] = today.strftime
-    elif reads_clock(tokenizer):  # transformers turns options into texts
-        template = tokenizer.get_chat_template(tools=list(tools) or None)
-        options["chat_template"] = with_day(template, today)
-    options |= {"add_generation_prompt": add_generation_prompt, "tokenize": False}
-    write = lambda messages, tools: tokenizer.apply_chat_template(
-        messages, tools=list(tools) or None, **options
+    options |= {"add_generation_prompt": add_generation_prompt, "today": date}
+    write = lambda messages, tools: chat_text(
+        tokenizer, messages, tools=list(tools) or None, **options
     )
     changes = [("'tools'", messages, (), operator.ne)] if tools else []
     changes += [
@@ -208,15 +196,14 @@ def _template_ids(
     begin = f"the chat template of {tokenizer.name_or_path} does not"
     try:
         text = write(messages, tools)
-    except _TEMPLATE_ERRORS as error:
+    except TEMPLATE_ERRORS as error:
         note = f" (it holds {', '.join(name for name, *_ in changes)})" if changes else ""
         raise ValueError(
-            f"{begin} take this prompt{note}: {type(error).__name__}: {error}; change it, or use "
-            "format 'raw'"
+            f"{begin} take this prompt{note}: {error}; change it, or use format 'raw'"
         ) from error
     unread = []
     for name, *changed, is_read in changes:
-        with contextlib.suppress(*_TEMPLATE_ERRORS):  # an error: the template reads that part
+        with contextlib.suppress(*TEMPLATE_ERRORS):  # an error: the template reads that part
             unread += [] if is_read(text, write(*changed)) else [name]
     if unread:
         raise ValueError(

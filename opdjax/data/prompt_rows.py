@@ -15,6 +15,7 @@ import numpy as np
 from opdjax.data.chat import CALLS, Message, Messages, as_messages, text_of
 from opdjax.data.sources import SKIP_ADVICE, ColumnMap, DataError, read_rows, value_at
 from opdjax.data.tokenizer import REASONING
+from opdjax.runs.bounds import parse_json
 
 MEAN = "mean"  # reserved: names the mean over all benchmarks in metrics
 
@@ -61,7 +62,7 @@ def read_prompts(
     for place, row in read_rows(source, columns, skipped):
         try:
             rows.append(_parse_row(row, columns))
-        except DataError as error:
+        except (DataError, RecursionError) as error:  # values of tables may be nested without end
             if skipped is None:
                 raise DataError(f"{place}: {error}; {SKIP_ADVICE}") from error
             skipped.append(f"{place}: {error}")
@@ -109,7 +110,7 @@ def _parse_row(row: dict[str, Any], columns: ColumnMap) -> Prompt:
     prompt, last = _parse_prompt(read(columns.prompt), columns.prompt)
     name = columns.answer or "answer"
     answer = read(name, is_needed=columns.answer is not None)
-    is_number = type(answer) in (int, float) and math.isfinite(answer)
+    is_number = type(answer) is int or (type(answer) is float and math.isfinite(answer))
     if not is_number and not isinstance(answer, (str, type(None))):
         raise DataError(f"{name!r} is {answer!r}; expected a string or a number, or null for none")
     name = columns.reference or ("references" if "references" in row else "reference")
@@ -181,7 +182,7 @@ def _parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
     """The JSON schemas of the functions that the model may call: a list, or its JSON text."""
     tools = value or []
     with contextlib.suppress(ValueError):
-        tools = json.loads(value) if value and isinstance(value, str) else tools
+        tools = parse_json(value) if value and isinstance(value, str) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"'tools' is {value!r}; expected a list of JSON schemas, or its JSON text")
     return tuple(tools)

@@ -16,6 +16,7 @@ from typing import Any
 from opdjax.config.validation import differences
 from opdjax.data.chat import Messages, as_messages
 from opdjax.data.sources import DataError
+from opdjax.runs.bounds import lines_of, parse_json
 from opdjax.runs.workdir import append_lines
 
 _SCHEMA = "opdjax.references/1"
@@ -90,12 +91,12 @@ def read_index(path: pathlib.Path) -> ReferenceIndex:
 def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of each complete row, one at a time: long answers add up to gigabytes."""
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines_of(lines, path, ReferenceIndexError), 1):
             if not line.endswith(b"\n"):
                 return
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):  # ValueError: also bytes that are no UTF-8
+                row = parse_json(line)
+            except ValueError:
                 row = None
             if not isinstance(row, dict):
                 found = f"expected a JSON object, found {line[:60]!r}"

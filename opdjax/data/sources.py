@@ -17,6 +17,7 @@ as `train[:640]`. A name that begins with `/`, `.` or `~` is always a directory.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -33,6 +34,17 @@ import numpy as np
 
 from opdjax.config.validation import MissingExtraError
 from opdjax.data.tasks import arithmetic
+from opdjax.runs.bounds import (
+    CONFIG_BYTES,
+    EXPANDED_BYTES,
+    EXPANSION,
+    LIST_BYTES,
+    ROW_BYTES,
+    BoundedError,
+    lines_of,
+    parse_json,
+    read_bytes,
+)
 from opdjax.runs.object_store import is_remote, local_copy
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # (place for error messages, row)
@@ -42,10 +54,10 @@ _EXPECTED = (
 )
 SKIP_ADVICE = "repair the row, or leave out such rows with --data.skip-bad-rows"
 _CHUNK = 1024  # rows converted to Python values at a time
-_MAX_CELL = 2**30  # characters of a cell of a CSV file
+_ROW_OVERHEAD = 256  # bytes of a row in memory, whatever it holds
 
 
-class DataError(ValueError):
+class DataError(BoundedError):
     """The data cannot be used; the message names the row and the reason."""
 
 
@@ -139,24 +151,25 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
         first = lines.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         if path.suffix == ".json" and first == b"[":
             try:
-                items = json.loads(path.read_text(encoding="utf-8-sig"))
-            except (ValueError, RecursionError) as error:
+                items = parse_json(read_bytes(path, LIST_BYTES))
+            except ValueError as error:
                 raise DataError(f"{path}: not a list in JSON ({_first_line(error)})") from error
             for number, item in enumerate(items, 1):
                 yield f"{path}, item {number}", json.dumps(item).encode()
             return
         lines.seek(0)
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines_of(lines, path, DataError), 1):
             if line.strip():
                 yield f"{path}, line {number}", line
 
 
 def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
     """A table as lines of JSON; a row with too many or too few cells becomes a list."""
-    csv.field_size_limit(_MAX_CELL)
+    csv.field_size_limit(ROW_BYTES)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
+        with path.open("rb") as file:
+            lines = lines_of(file, path, DataError)
+            reader = csv.reader(codecs.iterdecode(lines, "utf-8-sig"))
             names = next(reader, [])
             for cells in filter(None, reader):
                 row = dict(zip(names, cells)) if len(cells) == len(names) else cells
@@ -170,13 +183,13 @@ def _json_object(line: bytes, place: str) -> dict[str, Any]:
     expected += "with a cell for each column)"
     try:
         # json would also accept a first line in UTF-16, and then report the second one.
-        row = json.loads(line.decode("utf-8-sig").rstrip())
+        row = parse_json(line.decode("utf-8-sig").rstrip())
     except json.JSONDecodeError as error:
         found = f"{error.msg} at column {error.colno}"
         raise DataError(f"{place}: not valid JSON ({found}); {expected}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 text ({error.reason}); {expected}") from error
-    except (ValueError, RecursionError) as error:  # thousands of digits, thousands of levels
+    except ValueError as error:  # thousands of digits, hundreds of levels, megabytes
         raise DataError(f"{place}: cannot be read ({_first_line(error)}); {expected}") from error
     if not isinstance(row, dict):
         raise DataError(
@@ -211,15 +224,33 @@ def _parquet(text: str, columns: ColumnMap) -> Rows:
         try:
             with pyarrow.parquet.ParquetFile(file) as table:
                 needed = columns.needed(table.schema_arrow.names, str(file))
-                rows = (
-                    row
-                    for batch in table.iter_batches(_CHUNK, columns=needed)
-                    for row in batch.to_pylist()
-                )
-                for number, row in enumerate(rows):
+                for number, row in enumerate(_table_rows(table, needed, file)):
                     yield f"{file}, row {number}", row
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{file} cannot be read as Parquet: {error}") from error
+
+
+def _table_rows(table: Any, columns: list[str], file: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The rows, as long as they are in proportion to the file: a kilobyte may hold gigabytes."""
+    size, metadata = file.stat().st_size, table.metadata
+    limit, groups = max(EXPANSION * size, EXPANDED_BYTES), range(metadata.num_row_groups)
+    # Before anything is read: what the file says of itself.
+    largest = max((metadata.row_group(number).total_byte_size for number in groups), default=0)
+    is_too_large = max(largest, metadata.num_rows * _ROW_OVERHEAD) > limit
+    # No value is larger than its group: so a batch, too, is within the limit.
+    num_rows = max(1, min(_CHUNK, limit // max(largest, 1)))
+    for batch in () if is_too_large else table.iter_batches(num_rows, columns=columns):
+        rows = batch.to_pylist()
+        # Not batch.nbytes: of a dictionary it counts each value once.
+        limit -= len(repr(rows)) + len(rows) * _ROW_OVERHEAD
+        if is_too_large := limit < 0:
+            break
+        yield from rows
+    if is_too_large:
+        raise DataError(
+            f"{file} expands to more than {EXPANSION} times its {size} bytes; expected rows that "
+            "differ: write those that are needed as JSON lines"
+        )
 
 
 def _parquet_files(path: pathlib.Path) -> list[pathlib.Path]:
@@ -284,6 +315,8 @@ def _tensorflow_datasets(text: str, columns: ColumnMap) -> Rows:
         from tensorflow_datasets import builder_from_directory
     try:
         if _is_path(name) or (_as_path(name) / "dataset_info.json").exists():
+            if (file := _as_path(name) / "features.json").exists():
+                parse_json(read_bytes(file, CONFIG_BYTES), object_hook=_require_own_class)
             builder = builder_from_directory(str(_as_path(name)))
         else:
             builder = _prepared_builder(name)
@@ -346,6 +379,16 @@ def _prepared_builder(name: str) -> Any:
         if not builder.data_path.exists():
             raise
     return tfds.builder(name)
+
+
+def _require_own_class(fields: dict[str, Any]) -> dict[str, Any]:
+    """ValueError for an object of features.json that names a class outside of TFDS, which would
+    import its module.
+    """
+    for name in map(fields.get, ("type", "pythonClassName", "python_class_name")):
+        if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
+            raise ValueError(f"features.json names the class {name!r}, which is none of TFDS")
+    return fields
 
 
 def _name_and_split(kind: str, text: str) -> tuple[str, str]:

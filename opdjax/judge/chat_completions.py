@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import email.utils
-import json
 import math
 import re
 import time
@@ -13,7 +12,9 @@ from typing import Any
 
 from opdjax.config.api import Endpoint
 from opdjax.judge.replies import Reply
+from opdjax.runs.bounds import REQUEST_TOKENS, parse_json
 
+_REASON_CHARS = 40
 CHARS_PER_TOKEN = 4  # estimate, used where a server does not count and before a request is sent
 _REFUSAL = "(?:unsupported|unrecogni[sz]ed|unknown|unexpected|extra|not? (?:support|permit|allow))"
 _FORMAT_WORDS = re.compile("response_(format|schema)|json[_ ]schema|json_object|structured output")
@@ -58,9 +59,10 @@ def read_reply(document: Any, body: dict[str, Any], *, is_structured: bool) -> R
     num_chars = sum(len(message["content"]) for message in body["messages"])
     tokens = []
     for name, chars in (("prompt_tokens", num_chars), ("completion_tokens", len(text))):
-        is_counted = isinstance(count := usage.get(name), int) and count >= 0
+        is_counted = type(count := usage.get(name)) is int and 0 <= count <= REQUEST_TOKENS
         tokens.append(count if is_counted else -(-chars // CHARS_PER_TOKEN))
-    return Reply(text, str(choice.get("finish_reason") or "stop"), False, *tokens)
+    reason = str(choice.get("finish_reason") or "stop")[:_REASON_CHARS]
+    return Reply(text, reason, False, *tokens)
 
 
 def _valid(text: str) -> str:
@@ -76,11 +78,11 @@ def error_message(text: str) -> str:
     The openai package keeps the message only of one exact form.
     """
     try:
-        found = json.loads(text)
+        found = parse_json(text)
         for name in ("error", "message", "detail"):
             if isinstance(found, dict) and isinstance(found.get(name), (dict, str)):
                 found = found[name]
-    except (ValueError, RecursionError):
+    except ValueError:
         found = None
     return " ".join((found if isinstance(found, str) else text).split()) or "(nothing)"
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
-import json
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import openai
 
 from opdjax.config.api import ApiConfig, Endpoint
+from opdjax.judge.bounded_http import REDIRECT, bound, httpx
 from opdjax.judge.cache import ReplyCache, request_key
 from opdjax.judge.chat_completions import (
     CHARS_PER_TOKEN,
@@ -36,7 +39,9 @@ from opdjax.judge.replies import (
     SpendingCapError,
     Usage,
 )
+from opdjax.runs.bounds import parse_json
 
+_SECRET_CHARS = 8  # shorter ones stand in texts that have nothing to do with a key
 _RETRIED = (408, 429)  # and 500 and above; other statuses would only repeat
 _REJECTS_REQUEST = (400, 413, 422)  # the server may accept another request
 _FIRST_WAIT, _LONGEST_WAIT, _LONGEST_RETRY_AFTER = 1.0, 8.0, 120.0  # seconds
@@ -75,6 +80,7 @@ class _Role:
     def __init__(self, name: str, endpoint: Endpoint, responder: Responder | None):
         self.name, self.endpoint, self.output, self.usage = name, endpoint, "json_schema", Usage()
         self._key = _api_key(endpoint) if endpoint.concurrency else ""
+        self._secret = key_pattern(self._key)
         self.requests = RateLimiter(endpoint.requests_per_minute)
         self.tokens = RateLimiter(endpoint.tokens_per_minute)
         self.slots = asyncio.Semaphore(endpoint.concurrency)
@@ -84,10 +90,13 @@ class _Role:
         if responder is not None:
             return
         # The package's default limit is 100 kept connections.
-        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
-            max_connections=None, max_keepalive_connections=endpoint.concurrency
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency)
+        http = openai.DefaultAsyncHttpxClient(
+            limits=limits,
+            timeout=endpoint.timeout,
+            headers={"accept-encoding": "gzip, deflate"},
+            event_hooks={"response": [bound]},
         )
-        http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=endpoint.timeout)
         self.sdk = openai.AsyncOpenAI(
             base_url=endpoint.base_url,
             api_key=self._key or "none",
@@ -100,10 +109,14 @@ class _Role:
 
     def redacted(self, text: str, max_chars: int = 500) -> str:
         """The text without the API key, cut to `max_chars`."""
-        # Response bodies and reprs may hold the key in escaped form.
-        for form in {self._key, repr(self._key)[1:-1], json.dumps(self._key)[1:-1]} - {""}:
-            text = text.replace(form, "***")
-        return text[:max_chars]
+        return (self._secret.sub("***", text) if self._secret else text)[:max_chars]
+
+    def without_key(self, reply: Reply) -> Reply:
+        """The reply without the API key: replies are stored, and shown to teachers."""
+        if len(self._key) < _SECRET_CHARS:  # a word such as "none", for servers without keys
+            return reply
+        texts = (self.redacted(each, len(each)) for each in (reply.text, reply.finish_reason))
+        return Reply(*texts, *dataclasses.astuple(reply)[2:])
 
 
 @dataclasses.dataclass
@@ -135,6 +148,21 @@ def _api_key(endpoint: Endpoint) -> str:
             "line, export the key again"
         )
     return key
+
+
+def key_pattern(key: str) -> re.Pattern | None:
+    """Matches the key as it is and as it may be encoded in a text; None without a key."""
+    escaped = r"\\*".join(map(re.escape, key))  # also in a text within a text
+    if len(key) < _SECRET_CHARS:
+        return re.compile(escaped) if key else None
+    forms = [key[::-1], key.encode().hex(), quote(key, ""), quote(key), quote_plus(key)]
+    for skipped in range(3):  # base64 depends on where in its text the key begins
+        whole = base64.b64encode(b" " * skipped + key.encode()).decode().rstrip("=")
+        # Without the characters that also depend on the text before and after the key.
+        end = len(whole) - ((len(key) + skipped) % 3 > 0)
+        forms.append(whole[(0, 2, 3)[skipped] : end])
+    forms += [form.replace("+", "-").replace("/", "_") for form in forms[-3:]]  # base64 of URLs
+    return re.compile("|".join([escaped, *map(re.escape, forms)]), re.IGNORECASE)
 
 
 class ApiClient:
@@ -361,12 +389,12 @@ async def _post(role: _Role, body: dict[str, Any], *, is_structured: bool) -> Re
         raise _TransientError(cause) from None
     except openai.APIStatusError as error:
         raise _status_error(role, body, error) from None
-    except openai.OpenAIError as error:
+    except (openai.OpenAIError, httpx.InvalidURL) as error:
         cause = f"the {role.name}'s request failed: {type(error).__name__}: {error}"
         raise ApiRequestError(role.redacted(cause)) from None
     try:
-        return read_reply(json.loads(content), body, is_structured=is_structured)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return role.without_key(read_reply(parse_json(content), body, is_structured=is_structured))
+    except (ValueError, LookupError, TypeError, AttributeError):
         # For instance a proxy's page, or an error with status 200.
         text = role.redacted(content.decode(errors="replace"), 200)
         raise _TransientError(f"the response is no chat completion: {text!r}") from None
@@ -375,7 +403,10 @@ async def _post(role: _Role, body: dict[str, Any], *, is_structured: bool) -> Re
 def _status_error(role: _Role, body: dict[str, Any], error: openai.APIStatusError) -> Exception:
     """The error for a status other than 200."""
     status, text, endpoint = error.status_code, error.response.text, role.endpoint
-    message = role.redacted(error_message(text))
+    message = error_message(text)
+    if location := error.response.headers.get(REDIRECT):
+        message = f"it redirects to {location}, which is not followed; {message}"
+    message = role.redacted(message)
     if status in _RETRIED or status >= 500:
         wait = retry_after(error.response.headers)
         return _TransientError(f"status {status}: {message}", wait, is_rate_limit=status == 429)

@@ -7,9 +7,10 @@ one counts: ReplyError says what is wrong, and the judge is asked again with its
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
+
+from opdjax.runs.bounds import parse_json
 
 # Why a reply cannot be used, and what was repaired: names of metrics.
 ERRORS = ("empty", "truncated", "parse_error", "ambiguous", "schema_error")
@@ -100,10 +101,10 @@ def _without_fence(text: str) -> str:
 def _loaded(text: str) -> Any:
     """The JSON value, or None; NaN, numbers of thousands of digits, endless nesting are None."""
     try:
-        return json.loads(text, parse_constant=_refuse, object_pairs_hook=_with_distinct_keys)
+        return parse_json(text, parse_constant=_refuse, object_pairs_hook=_with_distinct_keys)
     except ReplyError:
         raise
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 

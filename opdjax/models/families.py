@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
 from opdjax.models.decoder import DecoderConfig
 from opdjax.models.rope import Rope, yarn_attention_factor
+from opdjax.runs.bounds import MODEL_LAYERS, MODEL_SIZE, BoundedError
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(BoundedError):
     """The decoder does not implement the checkpoint's architecture or one of its options."""
+
+
+_LARGEST = 1e12  # of a config's numbers with a point: beyond it float32 loses what they describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +42,18 @@ class _Fields:
     def has(self, name: str) -> bool:
         return self.values.get(name) is not None
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str, default: float | None = None, least: float = 1e-12) -> float:
         value = self._get(name, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            self.refuse(name, "a positive number")
+        if type(value) not in (int, float) or not least <= value <= _LARGEST:
+            self.refuse(name, f"a positive number, from {least:g} to {_LARGEST:g}")
         return float(value)
 
-    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
+    def integer(
+        self, name: str, default: int | None = None, least: int = 1, most: int = MODEL_SIZE
+    ) -> int:
         value = self._get(name, default)
-        if type(value) is not int or value < least:
-            self.refuse(name, f"an integer of at least {least}")
+        if type(value) is not int or not least <= value <= most:
+            self.refuse(name, f"an integer of at least {least} and at most {most}")
         return value
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -148,7 +153,7 @@ def _read_written_rope(raw: dict[str, Any], name: str, default_theta: float | No
             "config.json has neither rope_parameters.rope_theta nor rope_theta; add the base "
             "frequency"
         )
-    theta = owner.number("rope_theta", default_theta)
+    theta = owner.number("rope_theta", default_theta, least=1.001)
     return Rope(theta, kind, **_ROPE_READERS[kind](rope, config))
 
 
@@ -177,9 +182,8 @@ def _read_decoder(
     config = _Fields(raw)
     config.expect("hidden_act", "silu", "the gate of the MLP")
     config.expect("quantization_config", None, "weights that are not quantized")
-    num_layers, num_heads, width = (
-        config.integer(name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    )
+    num_layers = config.integer("num_hidden_layers", most=MODEL_LAYERS)
+    num_heads, width = map(config.integer, ("num_attention_heads", "hidden_size"))
     _refuse_sliding_window(config, num_layers)
     num_kv_heads = config.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:

@@ -28,6 +28,14 @@ from opdjax.config.validation import nearest
 from opdjax.models.decoder import DecoderConfig, Params, abstract_params
 from opdjax.models.families import Family, family_of
 from opdjax.models.partitioning import WEIGHT_AXES, shardings_of
+from opdjax.runs.bounds import (
+    CONFIG_BYTES,
+    MODEL_SIZE,
+    WEIGHTS_HEADER_BYTES,
+    BoundedError,
+    parse_json,
+    read_bytes,
+)
 from opdjax.runs.object_store import is_remote, local_copy
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,9 +45,10 @@ _CONFIGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _STORED = ("F32", "BF16", "F16", "F64")  # dtypes of safetensors that can be cast to those
 _SAMPLE_BYTES = 2**20
+_MAX_STOP_STRINGS = 100
 
 
-class CheckpointError(ValueError):
+class CheckpointError(BoundedError):
     """The directory is not a readable checkpoint: a file, tensor or shape is missing or wrong."""
 
 
@@ -79,7 +88,7 @@ def open_checkpoint(
     Without weights, config.json is enough, and only the configs of a repository are downloaded.
     """
     path = _resolve(str(path_or_id), revision, _FILES if with_weights else _CONFIGS)
-    if (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists():
+    if _is_adapter(path):
         return _open_adapted(path, with_weights)
     raw = _read_json(path / "config.json")
     if "environment" in raw and isinstance(raw.get("config"), dict):
@@ -96,14 +105,23 @@ def open_checkpoint(
     if "eos_token_id" in generation:
         stop_ids = _read_stop_ids(file, generation, config.vocab_size)
     texts = generation.get("stop_strings") or ()
-    texts = (texts,) if isinstance(texts, str) else tuple(texts)
+    texts = (texts,) if isinstance(texts, str) else texts
+    is_list = isinstance(texts, (list, tuple)) and len(texts) <= _MAX_STOP_STRINGS
+    if not is_list or not all(isinstance(text, str) and text for text in texts):
+        raise CheckpointError(
+            f"{file} sets stop_strings {texts!r}; expected at most {_MAX_STOP_STRINGS} texts"
+        )
     stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if not isinstance(stored, str):
         raise CheckpointError(
             f"{path / 'config.json'} sets dtype {stored!r}; expected the name of a dtype, such as "
             "'bfloat16'"
         )
-    return Checkpoint(path, raw, family, config, stop_ids, stored, texts)
+    return Checkpoint(path, raw, family, config, stop_ids, stored, tuple(texts))
+
+
+def _is_adapter(path: pathlib.Path) -> bool:
+    return (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists()
 
 
 def _open_adapted(path: pathlib.Path, with_weights: bool) -> Checkpoint:
@@ -113,7 +131,8 @@ def _open_adapted(path: pathlib.Path, with_weights: bool) -> Checkpoint:
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     # Other kinds of adapter have other tensors, which `adapter_matrices` refuses.
     is_plain = raw.get("peft_type") == "LORA" and not raw.get("alpha_pattern")
-    is_number = type(rank) is int and rank > 0 and type(alpha) in (int, float)
+    is_number = type(rank) is int and 0 < rank <= MODEL_SIZE
+    is_number = is_number and type(alpha) in (int, float) and 0 < alpha <= MODEL_SIZE
     if not (is_plain and is_number and isinstance(base[0], str)):
         names = ("peft_type", "r", "lora_alpha", "alpha_pattern", "base_model_name_or_path")
         found = ", ".join(f"{name} {raw.get(name)!r}" for name in names)
@@ -122,16 +141,15 @@ def _open_adapted(path: pathlib.Path, with_weights: bool) -> Checkpoint:
             "another adapter into its base with PEFT"
         )
     try:
-        checkpoint = open_checkpoint(*base, with_weights=with_weights)
+        base_path = _resolve(*base, _FILES if with_weights else _CONFIGS)
+        if _is_adapter(base_path):
+            raise CheckpointError(f"{base_path} is an adapter as well; merge that one first")
+        checkpoint = open_checkpoint(base_path, with_weights=with_weights)
     except CheckpointError as error:
         raise CheckpointError(
             f"{path} is a PEFT adapter, and its base cannot be opened: {error}; expected a "
             f"directory or a hub id as base_model_name_or_path in {file}"
         ) from error
-    if checkpoint.adapter is not None:
-        raise CheckpointError(
-            f"{path} is an adapter of an adapter, {base[0]}; merge that one first"
-        )
     scale = alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
     return dataclasses.replace(checkpoint, adapter=Adapter(path, base, rank, scale))
 
@@ -283,8 +301,9 @@ def _resolve(path_or_id: str, revision: str | None, wanted: tuple[str, ...]) -> 
 def _student_of_run(workdir: pathlib.Path) -> pathlib.Path:
     """The student that a finished run has exported; CheckpointError if it is not there."""
     result = workdir / "result.json"
-    student = workdir / str(_read_json(result).get("student")) if result.exists() else None
-    if student is None or not student.is_dir():
+    name = str(_read_json(result).get("student")) if result.exists() else ""
+    student = workdir / name
+    if not name or not is_inside(student, workdir) or not student.is_dir():
         raise CheckpointError(
             f"{workdir} is the work directory of a run without a student; expected a model: finish "
             f"the run, or write a checkpoint's student with opdjax export {workdir} OUT"
@@ -313,9 +332,11 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
             f"{path.parent} has no {path.name}; expected a Hugging Face checkpoint directory"
         )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        value = parse_json(read_bytes(path, CONFIG_BYTES))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not valid JSON: {error}; download or copy it again"
+        ) from error
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}; expected a file of a Hugging Face checkpoint"
@@ -323,6 +344,21 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
     return value
+
+
+def is_inside(file: pathlib.Path, directory: pathlib.Path) -> bool:
+    """Whether a path stands in a directory itself, and is no link out of it (but the hub's cache
+    keeps the files of a snapshot beside it).
+    """
+    try:
+        own, held = (pathlib.Path(os.path.realpath(each)) for each in (directory, file))
+        file.exists()
+    except (OSError, ValueError):  # no name of a file
+        return False
+    if file.parent != directory or file.name == "..":
+        return False
+    blobs = own.parents[1] / "blobs" if own.parent.name == "snapshots" else own
+    return held.parent in (own, blobs)
 
 
 def _locate_tensors(path: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -333,6 +369,11 @@ def _locate_tensors(path: pathlib.Path) -> dict[str, pathlib.Path]:
         if not files or not all(isinstance(file, str) for file in files):
             raise CheckpointError(
                 f"{path / INDEX} has no weight_map; expected tensor names and their files"
+            )
+        if foreign := [file for file in files if not is_inside(path / file, path)]:
+            raise CheckpointError(
+                f"{path / INDEX} names {foreign[0]!r}, which is not in its directory; expected the "
+                "names of files beside it: copy the file there"
             )
         absent = sorted({file for file in files if not (path / file).is_file()})
         if absent:
@@ -356,6 +397,12 @@ def _locate_tensors(path: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def _open(path: pathlib.Path) -> Any:
     try:
+        if not path.is_file():
+            raise SafetensorError("it is no regular file")
+        with path.open("rb") as file:  # the header says how large it is; the library takes 100 MB
+            size = int.from_bytes(file.read(8), "little")
+        if size > WEIGHTS_HEADER_BYTES:
+            raise SafetensorError(f"its header has {size} bytes; {WEIGHTS_HEADER_BYTES} are many")
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         size = f"it has {path.stat().st_size} bytes" if path.is_file() else "it is not a file"

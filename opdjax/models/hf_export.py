@@ -22,21 +22,17 @@ from opdjax.models.hf import (
     SINGLE,
     Checkpoint,
     CheckpointError,
+    is_inside,
     tensor_places,
     tensor_shapes,
 )
 from opdjax.models.lora import merged, without_adapters
 from opdjax.ops.sharding import is_process_zero, to_host
 
-_COPIED = (
-    "tokenizer*",
-    "*.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
+_COPIED = (  # all that tokenizers and chat templates of published models are stored in
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 _FILE_BYTES = 5 * 2**30
 
@@ -63,10 +59,17 @@ def export(
     with _new_directory(out) as staging:
         _check_shapes(without_adapters(params), source)
         if is_process_zero():
-            for file in (file for pattern in _COPIED for file in source.path.glob(pattern)):
+            for file in filter(os.path.lexists, map(source.path.joinpath, _COPIED)):
+                if not is_inside(file, source.path) or not file.is_file():
+                    raise CheckpointError(
+                        f"{file} is no file of its directory; expected no links out of it, whose "
+                        "content an export would give away: copy the file there, or remove it"
+                    )
                 shutil.copy(file, staging / file.name)
             config = source.raw_config | {"dtype": dtype}
-            config.pop("torch_dtype", None)
+            # Nothing exported asks its readers to run code.
+            for name in ("torch_dtype", "auto_map"):
+                config.pop(name, None)
             (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if source.stop_strings:
                 file = staging / "generation_config.json"

@@ -157,6 +157,8 @@ class Folder:
         """Make the wanted files of a directory equal to the objects here; returns their names."""
         directory.mkdir(parents=True, exist_ok=True)
         stored = {name: tag for name, tag in self.files().items() if wanted(name)}
+        if foreign := [name for name in stored if ".." in name.split("/")]:
+            raise RemoteError(f"{self.url} holds {foreign[0]!r}, which leads out of it; remove it")
         for name in _local_files(directory, wanted).keys() - stored.keys():
             (directory / name).unlink(missing_ok=True)
         in_parallel(lambda name: self.download_file(name, directory / name, stored[name]), stored)

@@ -280,7 +280,7 @@ DATA = {
     "lists without end": (
         "DataError",
         lambda p: p.data('{"prompt": ' + "[" * 99999),
-        "line 1: cannot be read (maximum recursion",
+        "line 1: cannot be read (more than 100 lists and objects are nested",
     ),
     "half a surrogate pair": (
         "DataError",

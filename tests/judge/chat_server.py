@@ -46,8 +46,11 @@ class Said:
     headers: tuple = ()
     delay: float = 0.0
     cut: str = ""
+    raw: bytes = b""  # the whole response, in place of all of this
 
     def as_bytes(self):
+        if self.raw:
+            return self.raw
         body = (
             self.content if isinstance(self.content, bytes) else json.dumps(self.content).encode()
         )

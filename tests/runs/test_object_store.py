@@ -39,6 +39,13 @@ def folder(gcs):
     return Folder("gs://bucket/x")
 
 
+def test_an_object_whose_name_leads_out_is_no_file_of_a_directory(folder, tmp_path):
+    folder.write("a/../../y", b"1")
+    with pytest.raises(RemoteError, match=r"a/\.\./\.\./y', which leads out of it"):
+        folder.download(tmp_path / "x" / "y")
+    assert not list(tmp_path.rglob("*y/*"))
+
+
 def test_objects(folder):
     assert folder.read("a") is None
     folder.write("a", b"1")
