@@ -365,7 +365,13 @@ def pad_embedding(path, rows=16):
     )
 
 
-def test_fault_4_padded_vocabulary_that_is_not_masked(plant, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "only",
+    [("padded_vocabulary", "stop_tokens", "mask"), pytest.param((), marks=pytest.mark.long)],
+    ids=["itself", "alone"],
+)
+def test_fault_4_padded_vocabulary_that_is_not_masked(plant, tmp_path, monkeypatch, only):
+    """With the long tests: all other checks pass. Each of them compiles for this vocabulary."""
     config = plant("student", "config.json", lambda values: values)
     pad_embedding(tmp_path / "student")
     real = opdjax.rollouts.setup.Decoding
@@ -374,7 +380,7 @@ def test_fault_4_padded_vocabulary_that_is_not_masked(plant, tmp_path, monkeypat
         "Decoding",
         lambda *args, **options: real(*args, **options | {"valid_vocab": None}),
     )
-    findings = diagnose(config)
+    findings = {finding.name: finding for finding in examine(prepare(config), only=only)}
     assert complaints(findings) == {"padded_vocabulary": "fault"}
     message = findings["padded_vocabulary"].message
     assert re.search(r"\d+ of \d+ sampled tokens are ids from 214 on", message)
