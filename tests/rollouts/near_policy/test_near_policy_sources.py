@@ -42,7 +42,12 @@ def run_of_two_processes(config, tmp_path, first="sample"):
     """The work directory that `opdjax sample --store` and `opdjax train` fill together."""
     workdir, processes = tmp_path / "run", {}
     for command in (first, *({"sample", "train"} - {first})):
-        (processes[command],) = start(config, workdir, files=tmp_path / command, command=command)
+        # A generator shards its rows over all devices that it has, and rounds accordingly.
+        devices = 1 if command == "sample" else None
+        files = tmp_path / command
+        (processes[command],) = start(
+            config, workdir, files=files, devices=devices, command=command
+        )
     printed = {}
     try:
         for command, process in processes.items():
