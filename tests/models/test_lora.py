@@ -77,11 +77,16 @@ def test_new_adapters_change_nothing_and_trained_ones_are_their_merged_kernels(r
     whole = without_adapters(adapted)
     shapes_of = functools.partial(jax.tree.map, lambda x: x.shape)
     assert shapes_of(whole) == shapes_of(abstract_params(model))
-    stacked = {
-        name: jnp.stack([merged(adapted, name, layer, SCALE) for layer in range(model.num_layers)])
-        for name in whole["layers"]
-    }
-    whole = whole | {"layers": stacked}
+
+    @jax.jit
+    def stacked(adapted):
+        layers = range(model.num_layers)
+        return {
+            name: jnp.stack([merged(adapted, name, layer, SCALE) for layer in layers])
+            for name in whole["layers"]
+        }
+
+    whole = whole | {"layers": stacked(adapted)}
     live = np.asarray(batch.segment_ids) > 0
     np.testing.assert_allclose(run(adapted)[live], run(whole)[live], atol=1e-5)
     assert np.abs(run(adapted) - plain)[live].max() > 0.1
