@@ -92,6 +92,7 @@ def described(bucket: str, name: str, found: dict) -> dict:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body would wait 40 ms for the acknowledgement of its headers
     store: Store
 
     def log_message(self, *_):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -23,7 +24,7 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
-from opdjax.models.decoder import init_params
+from opdjax.models.decoder import DecoderConfig, Params, init_params
 from opdjax.models.hf import open_checkpoint
 from opdjax.models.hf_export import export
 
@@ -52,11 +53,14 @@ def make_pair(directory: pathlib.Path) -> None:
         )
         # Larger than at the start of training, so that the two differ and distributions are not
         # flat.
-        params = jax.tree.map(
-            lambda x: 3 * x if x.ndim > 1 else x,
-            init_params(config, jax.random.key(seed), jnp.float32),
-        )
+        params = _large_params(config, seed)
         export(params, source, directory / name, "float32")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _large_params(config: DecoderConfig, seed: int) -> Params:
+    params = init_params(config, jax.random.key(seed), jnp.float32)
+    return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)
 
 
 def mesh_config(directory: pathlib.Path, mesh: MeshConfig, **sections) -> Config:

@@ -23,10 +23,12 @@ from tiny_runs import (
     final_weights,
     interrupted_at,
     recorded_updates,
+    rewound,
     samples,
     vary,
     without_times,
 )
+from waiting import HANG
 
 import opdjax.train
 from opdjax.cli.export import export_step
@@ -43,7 +45,7 @@ from opdjax.rollouts.setup import make_evaluator
 from opdjax.runs.checkpoint import CheckpointShapeError, UnreadableCheckpointError
 from opdjax.runs.metrics import MetricWriter
 from opdjax.runs.results import read_run
-from opdjax.runs.workdir import WorkdirError, read_lines
+from opdjax.runs.workdir import WorkdirError, cut_lines, read_lines
 from opdjax.train import NonFiniteLossError, train
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -181,12 +183,13 @@ with stop_requests() as is_requested:
         time.sleep(0.01)
     print("saving", flush=True)
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 
 def test_a_second_interrupt_ends_a_run_at_once():
-    ran = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=50)
+    command = [sys.executable, "-c", TWICE]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert (ran.returncode, ran.stdout) == (130, "saving\n")
     assert "a second Ctrl-C ends the run at once" in ran.stderr
 
@@ -281,10 +284,11 @@ def test_a_finished_run_is_evaluated_otherwise_in_another_directory(tiny_run, tm
 
 def test_an_evaluation_may_change_while_its_run_continues(tiny_run, tmp_path, capsys):
     """Its scores are made again, also those before training; the run is otherwise the same."""
-    workdir = tmp_path / "run"
-    with interrupted_at(3):
-        train(TINY, workdir)
-    old = read_lines(workdir / "eval.jsonl")
+    workdir = rewound(tiny_run, tmp_path / "run", 2)
+    # Of the evaluations, a run that was killed there holds those before training.
+    old = [row for row in read_lines(workdir / "eval.jsonl") if row["step"] == 0]
+    cut_lines(workdir / "eval.jsonl", 2)
+    assert read_lines(workdir / "eval.jsonl") == old
     changed = vary(evaluation={"temperatures": (0.5,)})
     result = train(changed, workdir)
     line = "evaluation.temperatures: [1.0, 0.5] -> [0.5]"
@@ -320,55 +324,60 @@ def test_a_run_that_cannot_be_started_from_is_refused(tiny_run, tmp_path):
 # Other settings
 
 
-def test_a_recipe_reads_the_teachers_top_k_in_packed_micro_batches(tmp_path):
-    """Recipe npd on-policy, nothing stored: its metrics, and it trains."""
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Two steps of eight rows on three prompts: npd on-policy, in packed micro-batches."""
+    directory = tmp_path_factory.mktemp("packed")
     config = vary(
+        data={"source": three_prompts(directory)},
         estimator={"recipe": "npd"},
         train={"num_steps": 2, "gradient_accumulation_steps": 2, "pack_length": 52},
         evaluation={"source": None},
         log={"diagnostics_every": 1},
     )
-    train(config, tmp_path / "run")
-    for row in read_lines(tmp_path / "run" / "metrics.jsonl"):
-        assert row["staleness/kl"] < 1e-9
-        assert row["staleness/effective_sample_size"] > 0.999
-        assert row["kl/student_teacher"] > 0
-        assert row["entropy/student"] > 0
-        assert row["grad/norm"] > 0
-    row = samples(tmp_path / "run")[0]
-    assert {"student_logprobs", "teacher_logprobs", "kl"} <= row.keys()
-    moved = jax.tree.map(
-        lambda x, y: float(np.abs(x - y).max()),
-        final_weights(tmp_path / "run"),
-        load_params(open_checkpoint(MINI_STUDENT), "float32"),
-    )
-    assert max(jax.tree.leaves(moved)) > 1e-6
-
-
-@pytest.fixture(scope="module")
-def three_prompts(tmp_path_factory):
-    """One step of eight rows on three prompts, with keys and values stored as int8."""
-    directory = tmp_path_factory.mktemp("three")
-    rows = directory / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"4{n}-17+25="}) + "\n" for n in range(3)))
-    config = vary(**SHORT, data={"source": str(rows)}, sampling={"kv_dtype": "int8"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("opdjax.rollouts.samples._NUM_SAMPLES", 8)
         train(config, directory / "run")
     return directory / "run"
 
 
+def three_prompts(directory):
+    rows = directory / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"4{n}-17+25="}) + "\n" for n in range(3)))
+    return str(rows)
+
+
+def test_a_recipe_reads_the_teachers_top_k_in_packed_micro_batches(packed):
+    """Nothing is stored: its metrics, and it trains."""
+    for row in read_lines(packed / "metrics.jsonl"):
+        assert row["staleness/kl"] < 1e-9
+        assert row["staleness/effective_sample_size"] > 0.999
+        assert row["kl/student_teacher"] > 0
+        assert row["entropy/student"] > 0
+        assert row["grad/norm"] > 0
+    row = samples(packed)[0]
+    assert {"student_logprobs", "teacher_logprobs", "kl"} <= row.keys()
+    moved = jax.tree.map(
+        lambda x, y: float(np.abs(x - y).max()),
+        final_weights(packed),
+        load_params(open_checkpoint(MINI_STUDENT), "float32"),
+    )
+    assert max(jax.tree.leaves(moved)) > 1e-6
+
+
 @pytest.mark.long
-def test_int8_keys_and_values_are_no_fault(three_prompts):
+def test_int8_keys_and_values_are_no_fault(tmp_path):
     """The sampler's log-probs differ a little from the update's, which would be a fault if both
     were float32.
     """
-    (gap,) = column(three_prompts, "rollout/logprob_gap")
+    data = {"source": three_prompts(tmp_path)}
+    train(vary(**SHORT, data=data, sampling={"kv_dtype": "int8"}), tmp_path / "run")
+    (gap,) = column(tmp_path / "run", "rollout/logprob_gap")
     assert 1e-4 < gap < 0.05
 
 
-def test_equal_prompts_of_a_step_have_different_random_streams(three_prompts):
-    rows = samples(three_prompts)
+def test_equal_prompts_of_a_step_have_different_random_streams(packed):
+    rows = [row for row in samples(packed) if row["step"] == 1]
     assert len({(row["prompt_id"], row["sample_id"]) for row in rows}) == 8
     assert len({(row["prompt_id"], row["completion"]) for row in rows}) > 3
 

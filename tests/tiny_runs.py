@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -184,6 +185,17 @@ def shared_programs():
     finally:
         for name, make in real.items():
             setattr(opdjax.train, name, make)
+
+
+def rewound(run, workdir, step):
+    """A copy of a finished run as a kill after this step, which has a checkpoint, left it."""
+    shutil.copytree(run, workdir)
+    for path in (workdir / "checkpoints").iterdir():
+        if path.name.isdecimal() and int(path.name) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(workdir / "student")
+    (workdir / "result.json").unlink()
+    return workdir
 
 
 # Processes

@@ -114,8 +114,10 @@ advance() { # advance RUN_STATE ARGUMENT …
         [[ ! $state =~ ^exit\ status\ [12]$ ]] || errors=$((errors + 1))
         [ "$errors" -lt 2 ] || give_up "the run failed twice with an error of its own ($state): see opdjax/run.log on worker 0"
         say "the run has stopped (${state:0:100})"
+        # A start that fails leaves the log as it is: this end counts once.
+        is_started=0
         # Without a log, the disk of the slice is gone.
-        [ "$state" != absent ] || is_set_up=0 is_started=0
+        [ "$state" != absent ] || is_set_up=0
     fi
     if [ "$is_set_up" = 0 ]; then
         tried "setting up the slice" "$here/setup_vm.sh" ${files[@]+"${files[@]}"} && is_set_up=1

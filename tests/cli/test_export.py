@@ -53,13 +53,14 @@ def test_the_exported_student_answers_alike_in_transformers(tiny_run):
         answer = np.asarray(ours.tokens)[row][np.asarray(ours.mask)[row]]
         np.testing.assert_array_equal(theirs[row, width : width + len(answer)], answer)
 
-    hidden = forward(
-        params, checkpoint.config, jnp.asarray(batch.tokens), jnp.asarray(batch.mask, jnp.int32)
-    )
+    @jax.jit
+    def logits_of(params, tokens, segments):
+        hidden = forward(params, checkpoint.config, tokens, segments)
+        return head_logits(head_of(params), hidden)
+
+    found = logits_of(params, batch.tokens, np.asarray(batch.mask, np.int32))
     positions = torch.tensor(np.maximum(np.cumsum(batch.mask, axis=1) - 1, 0))
     with torch.no_grad():
         logits = model(**inputs, position_ids=positions).logits.numpy()
     live = np.asarray(batch.mask)
-    np.testing.assert_allclose(
-        np.asarray(head_logits(head_of(params), hidden))[live], logits[live], atol=2e-4
-    )
+    np.testing.assert_allclose(np.asarray(found)[live], logits[live], atol=2e-4)

@@ -91,9 +91,10 @@ def test_columns_by_hand(student, teacher, widths):
 @settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_every_sampled_token_is_where_its_column_points(data):
-    num_prompts, repeats, width = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), 5
-    lengths = st.lists(st.integers(1, 40), min_size=num_prompts, max_size=num_prompts)
-    prompts = batch_of(data.draw(lengths), data.draw(lengths))
+    # Few shapes, each of which is compiled: prompts of up to 16 tokens have one width.
+    num_prompts, repeats, width = 3, data.draw(st.sampled_from([1, 3])), 5
+    lengths = lambda most: st.lists(st.integers(1, most), min_size=3, max_size=3)
+    prompts = batch_of(data.draw(lengths(16)), data.draw(lengths(40)))
     sizes = data.draw(
         st.lists(
             st.integers(1, width), min_size=num_prompts * repeats, max_size=num_prompts * repeats

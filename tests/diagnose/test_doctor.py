@@ -100,9 +100,17 @@ def vary(config, **sections):
     )
 
 
-def diagnose(config):
-    """{name: finding} of every check."""
-    return {finding.name: finding for finding in examine(prepare(config))}
+def diagnose(config, only=()):
+    """{name: finding} of every check, or of some."""
+    return {finding.name: finding for finding in examine(prepare(config), only=only)}
+
+
+def itself_and_alone(*names):
+    """A fault is found by its check among these; with the long tests, all others pass beside it:
+    they compile sampler and scorer for the changed model.
+    """
+    alone = pytest.param((), marks=pytest.mark.long)
+    return pytest.mark.parametrize("only", [names, alone], ids=["itself", "alone"])
 
 
 def complaints(findings):
@@ -301,9 +309,10 @@ def test_fault_1_a_wrong_tokenizer(plant, opdjax_doctor):
         ("teacher", "the teacher ends its answers only with 0 '<|endoftext|>'"),
     ],
 )
-def test_fault_2_a_wrong_stop_token(plant, role, message):
+@itself_and_alone("stop_tokens", "chat_template")
+def test_fault_2_a_wrong_stop_token(plant, role, message, only):
     findings = diagnose(
-        plant(role, "generation_config.json", lambda values: values | {"eos_token_id": 0})
+        plant(role, "generation_config.json", lambda values: values | {"eos_token_id": 0}), only
     )
     assert complaints(findings) == {"stop_tokens": "fault"}
     assert message in findings["stop_tokens"].message
@@ -365,7 +374,8 @@ def pad_embedding(path, rows=16):
     )
 
 
-def test_fault_4_padded_vocabulary_that_is_not_masked(plant, tmp_path, monkeypatch):
+@itself_and_alone("padded_vocabulary", "stop_tokens", "mask")
+def test_fault_4_padded_vocabulary_that_is_not_masked(plant, tmp_path, monkeypatch, only):
     config = plant("student", "config.json", lambda values: values)
     pad_embedding(tmp_path / "student")
     real = opdjax.rollouts.setup.Decoding
@@ -374,7 +384,7 @@ def test_fault_4_padded_vocabulary_that_is_not_masked(plant, tmp_path, monkeypat
         "Decoding",
         lambda *args, **options: real(*args, **options | {"valid_vocab": None}),
     )
-    findings = diagnose(config)
+    findings = diagnose(config, only)
     assert complaints(findings) == {"padded_vocabulary": "fault"}
     message = findings["padded_vocabulary"].message
     assert re.search(r"\d+ of \d+ sampled tokens are ids from 214 on", message)
@@ -424,11 +434,12 @@ def test_fault_6_a_filter_on_an_exact_divergence(opdjax_doctor):
     )
 
 
-def test_fault_6_a_filter_on_a_policy_gradient(healthy):
+@itself_and_alone("sampling_filter", "mask")
+def test_fault_6_a_filter_on_a_policy_gradient(healthy, only):
     """The config refuses the filter, so only the sampler gets it."""
     setup = prepare(healthy)
     setup = dataclasses.replace(setup, decoding=dataclasses.replace(setup.decoding, top_p=0.9))
-    findings = {finding.name: finding for finding in examine(setup)}
+    findings = {finding.name: finding for finding in examine(setup, only=only)}
     assert complaints(findings) == {"sampling_filter": "fault"}
     assert "its gradient is biased" in findings["sampling_filter"].message
 

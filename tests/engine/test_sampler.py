@@ -578,7 +578,8 @@ def test_a_stop_token_ends_its_row(rollouts):
 
 
 def test_a_stop_token_in_the_last_column_is_no_truncation(generate, mixed):
-    tries = (generate(mixed, seed=seed, num_generations=8, temperature=1.5) for seed in range(100))
+    seeds = (59, *range(100))  # of 0 to 59, 59 alone has such a row here
+    tries = (generate(mixed, seed=seed, num_generations=8, temperature=1.5) for seed in seeds)
     drawn = next(drawn for drawn in tries if (drawn.tokens[:, -1] == 2).any())
     stopped = drawn.tokens[:, -1] == 2
     assert drawn.mask[stopped].sum(1).tolist() == [LENGTH] * stopped.sum()
@@ -686,25 +687,24 @@ def test_the_loop_ends_with_its_last_row(steps, generate, mixed, rollouts):
 
 
 def test_greedy_is_the_argmax_of_full_forwards(generate, student, mixed):
+    """By induction: each token is the argmax of a full forward over the tokens before it, which
+    hides from a column all that follows it.
+    """
     greedy = generate(mixed, num_generations=2, temperature=0.0)
-    rows = np.zeros((16, WIDTH + LENGTH), np.int32)
-    segments = np.zeros((16, WIDTH + LENGTH), np.int32)
-    rows[:, :WIDTH], segments[:, :WIDTH] = (
-        np.repeat(mixed.tokens, 2, 0),
-        np.repeat(mixed.mask, 2, 0),
+    np.testing.assert_array_equal(greedy.tokens[:, :WIDTH], np.repeat(mixed.tokens, 2, 0))
+    np.testing.assert_array_equal(greedy.segment_ids[:, :WIDTH], np.repeat(mixed.mask, 2, 0))
+    logits, (tokens, mask) = student.dense(greedy), completion(greedy)
+    is_stop = mask & (tokens == 2)
+    # A row goes on until its first stop token; filler has none.
+    expected = (np.cumsum(is_stop, axis=1) - is_stop == 0) & greedy.segment_ids[:, :WIDTH].any(
+        1, keepdims=True
     )
-    is_done = ~segments.any(1)
-    logprobs = np.zeros(rows.shape)
-    for column in range(WIDTH, WIDTH + LENGTH):
-        logits = student.dense(types.SimpleNamespace(tokens=rows, segment_ids=segments))[
-            :, column - WIDTH
-        ]
-        rows[:, column], segments[:, column] = np.where(is_done, 0, logits.argmax(-1)), ~is_done
-        logprobs[:, column] = np.where(is_done, 0, dense_logprobs(logits).max(-1))
-        is_done |= rows[:, column] == 2
-    np.testing.assert_array_equal(greedy.tokens, rows)
-    np.testing.assert_array_equal(greedy.segment_ids, segments)
-    assert_logprobs(greedy.unfiltered_logprobs, logprobs)
+    np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_array_equal(greedy.segment_ids[:, WIDTH:], mask)
+    np.testing.assert_array_equal(tokens, np.where(mask, logits.argmax(-1), 0))
+    logprobs = np.where(mask, dense_logprobs(logits).max(-1), 0)
+    assert_logprobs(greedy.unfiltered_logprobs[:, WIDTH:], logprobs)
+    assert not greedy.unfiltered_logprobs[:, :WIDTH].any()
     assert not greedy.behavior_logprobs.any()
     np.testing.assert_array_equal(greedy.tokens[::2], greedy.tokens[1::2])
 
@@ -1139,8 +1139,9 @@ def test_a_cache_of_fewer_bits_changes_the_behavior_a_little(
 def test_int8_keeps_each_number_to_half_a_step(student, rng):
     tokens, mask = rng.integers(3, 70, (2, 8)), np.ones((2, 8), bool)
     layer_params = kv_cache.split_layers(student.params["layers"], student.config)
+    prefill = jax.jit(kv_cache.prefill, static_argnums=(2, 5))
     caches = [
-        kv_cache.prefill(student.params, layer_params, student.config, tokens, mask, dtype)[1]
+        prefill(student.params, layer_params, student.config, tokens, mask, dtype)[1]
         for dtype in (jnp.float32, jnp.int8)
     ]
     for exact, stored in zip(

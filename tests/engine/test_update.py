@@ -3,6 +3,7 @@ that of the config.
 """
 
 import dataclasses
+import functools
 from typing import get_args
 
 import chex
@@ -113,8 +114,10 @@ def test_the_gradient_does_not_depend_on_the_number_of_micro_batches(estimator, 
 @pytest.mark.parametrize("name", few_of(COUPLED, "batch_mean"))
 def test_what_couples_tokens_does_not_depend_on_the_number_of_micro_batches(name, rng):
     student, teacher = make_models(jnp.float64)
-    estimator = COUPLED[name]
-    batch, head = scored(with_credit(make_batch(rng), rng), teacher, estimator)
+    estimator, batch = COUPLED[name], make_batch(rng)
+    # The mean over a batch couples without credit; the program without it is that of vopd above.
+    batch = batch if name == "batch_mean" else with_credit(batch, rng)
+    batch, head = scored(batch, teacher, estimator)
     loss, whole, outputs = gradient(student, batch, head, estimator, "float64")
     plain = EstimatorConfig("opd" if head is None else estimator.recipe)
     _, without, _ = gradient(student, batch, head, plain, "float64")
@@ -148,8 +151,9 @@ def test_noise_and_signal_are_those_of_the_micro_batches_gradients(rng):
     batch, _ = scored(make_batch(rng), teacher, estimator)
     spec = UpdateSpec(MODEL, in_tiles(estimator), "float64", 7, gradient_accumulation_steps=4)
     _, grads, _, shares = jax.jit(lambda p, b: loss_and_grad(p, b, None, spec))(student, batch)
-    found = noise_and_signal(optax.tree.norm(grads), *shares)
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    found = noise_and_signal(jnp.asarray(np.linalg.norm(flat(grads))), *shares)
+    batch = jax.device_get(batch)
     parts = [jax.tree.map(lambda x, i=i: x[i::4], batch) for i in range(4)]
     each = np.stack(
         [flat(gradient(student, part, None, estimator, "float64")[1]) for part in parts]
@@ -180,15 +184,23 @@ def test_noise_and_signal_are_unbiased(rng):
     [RECIPES[0], *(pytest.param(e, marks=pytest.mark.long) for e in RECIPES[1:])],
     ids=lambda e: e.recipe,
 )
-def test_eight_devices_and_remat_give_the_gradient_of_one(estimator, rng):
+def test_eight_devices_give_the_gradient_of_one(estimator, rng):
     student, teacher = make_models(jnp.float32)
     batch, head = scored(make_batch(rng), teacher, estimator)
     _, one, _ = gradient(student, batch, head, estimator, "float32")
     mesh = make_mesh(8)
     _, eight, _ = gradient(student, shard_rows(batch, mesh), head, estimator, "float32", mesh=mesh)
-    _, remat, _ = gradient(student, batch, head, estimator, "float32", remat="layer")
     assert relative_difference(one, eight) < 1e-5
-    assert relative_difference(one, remat) < 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("estimator", RECIPES, ids=lambda e: e.recipe)
+def test_remat_changes_no_gradient_of_an_update(estimator, rng):
+    student, teacher = make_models(jnp.float32)
+    batch, head = scored(make_batch(rng), teacher, estimator)
+    _, plain, _ = gradient(student, batch, head, estimator, "float32")
+    _, remat, _ = gradient(student, batch, head, estimator, "float32", remat="layer")
+    assert relative_difference(plain, remat) < 1e-5
 
 
 @pytest.mark.parametrize("needs", ["token", "vocabulary"])
@@ -268,7 +280,8 @@ def test_the_teachers_moving_average_follows_the_applied_updates(rng):
     for each in (batch, dataclasses.replace(batch, teacher=bad), batch):
         state, metrics = update(state, each, head)
         if np.isfinite(metrics["loss/objective"]):
-            expected = jax.tree.map(lambda a, x: 0.75 * a + 0.25 * x, expected, state.params)
+            params = jax.device_get(state.params)
+            expected = jax.tree.map(lambda a, x: 0.75 * a + 0.25 * x, expected, params)
         chex.assert_trees_all_close(teacher_weights(state), expected, rtol=1e-6)
     assert int(state.num_skipped) == 1
     assert relative_difference(teacher_weights(state), state.params) > 1e-3
@@ -318,9 +331,8 @@ def test_weight_decay_leaves_norms_alone_and_clipping_can_be_off():
         learning_rate=0.1, schedule="constant", weight_decay=0.5, max_grad_norm=0.0
     )
     optimizer = make_optimizer(config, 10)
-    updates, _ = optimizer.update(
-        jax.tree.map(jnp.zeros_like, student), optimizer.init(student), student
-    )
+    zeros = jax.tree.map(np.zeros_like, jax.device_get(student))
+    updates, _ = jax.jit(lambda x: optimizer.update(zeros, optimizer.init(x), x))(student)
     np.testing.assert_array_equal(updates["final_norm"], 0)
     np.testing.assert_array_equal(updates["layers"]["q_norm"], 0)
     np.testing.assert_allclose(updates["embedding"], -0.05 * student["embedding"], rtol=1e-6)
@@ -407,6 +419,7 @@ def test_every_optimizer_has_a_state_on_the_mesh_and_no_other_result(name, rng):
 IMPORTANCE = EstimatorConfig(
     recipe="vopd", baseline="student_topk", support_top_k=3, importance="prefix_truncate"
 )
+update_of = functools.cache(make_update)  # one program for all tests of a specification
 
 
 def diagnosed(student, batch, head, estimator, every, **spec):
@@ -415,9 +428,8 @@ def diagnosed(student, batch, head, estimator, every, **spec):
     spec = UpdateSpec(
         MODEL, in_tiles(estimator), "float32", 7, diagnostics_every=every, valid_vocab=9, **spec
     )
-    state, metrics = make_update(spec, config, 10)(
-        init_state(student, make_optimizer(config, 10)), batch, head
-    )
+    state = init_state(student, make_optimizer(config, 10))
+    state, metrics = update_of(spec, config, 10)(state, batch, head)
     return jax.device_get((state.params, metrics))
 
 

@@ -35,8 +35,8 @@ def completion(text="two", finish_reason="stop", usage=(10, 5), **message):
 
 @dataclasses.dataclass
 class Said:
-    """One response; `cut`: the connection ends `before` it or `amid` it, or it `drips` byte by
-    byte.
+    """One response, given after `delay` seconds and once the event `gate` is set; `cut`: the
+    connection ends `before` it or `amid` it, or it `drips` byte by byte.
     """
 
     status: int = 200
@@ -47,6 +47,7 @@ class Said:
     delay: float = 0.0
     cut: str = ""
     raw: bytes = b""  # the whole response, in place of all of this
+    gate: asyncio.Event | None = None
 
     def as_bytes(self):
         if self.raw:
@@ -120,6 +121,8 @@ class ChatServer:
         try:
             said = self._reply(body, number)
             await asyncio.sleep(said.delay)
+            if said.gate is not None:
+                await said.gate.wait()
         finally:
             self.open -= 1
         content = said.as_bytes()

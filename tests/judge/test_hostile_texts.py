@@ -173,8 +173,8 @@ LONG = {
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
 def test_a_reply_of_a_hundred_thousand_characters_is_read_in_linear_time(text):
-    """A quadratic step would take minutes; a busy machine takes less than a second."""
-    began = time.process_time()
+    """A quadratic step would take minutes of CPU time, a linear one takes less than a second."""
+    began = time.thread_time()
     for parse, *settings in (
         (parse_verdicts, 1, 2, False),
         (parse_scores, 1),
@@ -182,10 +182,10 @@ def test_a_reply_of_a_hundred_thousand_characters_is_read_in_linear_time(text):
     ):
         with contextlib.suppress(ReplyError):
             parse(text, *settings)
-    assert time.process_time() - began < 8
+    assert time.thread_time() - began < 8
 
 
 def test_a_quotation_is_looked_for_in_linear_time():
-    began = time.process_time()
+    began = time.thread_time()
     require_own_object('so:\n{"k":"' + "ab" * (N // 2) + 'c"}', "ab" * N)
-    assert time.process_time() - began < 8
+    assert time.thread_time() - began < 8

@@ -32,13 +32,16 @@ LORA = LoraConfig(rank=3, alpha=12.0, targets=("v", "q", "o", "down", "up"))
 SCALE = 4.0
 
 
+new_adapters = jax.jit(init_adapters, static_argnums=(0, 1))
+
+
 def with_scale(config):
     return dataclasses.replace(config, lora_scale=SCALE)
 
 
 def trained_adapters(model, rng, dtype=np.float32):
     """Adapters whose B is not 0."""
-    adapters = init_adapters(model, LORA, 0)
+    adapters = jax.device_get(new_adapters(model, LORA, 0))
     return jax.tree.map(lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), dtype), adapters)
 
 
@@ -74,11 +77,16 @@ def test_new_adapters_change_nothing_and_trained_ones_are_their_merged_kernels(r
     whole = without_adapters(adapted)
     shapes_of = functools.partial(jax.tree.map, lambda x: x.shape)
     assert shapes_of(whole) == shapes_of(abstract_params(model))
-    stacked = {
-        name: jnp.stack([merged(adapted, name, layer, SCALE) for layer in range(model.num_layers)])
-        for name in whole["layers"]
-    }
-    whole = whole | {"layers": stacked}
+
+    @jax.jit
+    def stacked(adapted):
+        layers = range(model.num_layers)
+        return {
+            name: jnp.stack([merged(adapted, name, layer, SCALE) for layer in layers])
+            for name in whole["layers"]
+        }
+
+    whole = whole | {"layers": stacked(adapted)}
     live = np.asarray(batch.segment_ids) > 0
     np.testing.assert_allclose(run(adapted)[live], run(whole)[live], atol=1e-5)
     assert np.abs(run(adapted) - plain)[live].max() > 0.1
@@ -94,7 +102,7 @@ def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
     estimator, model = EstimatorConfig(recipe="full_kl"), with_scale(MODEL)
     batch, head = scored(make_batch(rng), teacher, estimator)
     adapters = trained_adapters(model, rng, np.float64)
-    layers = combine(base, adapters)["layers"]
+    layers = jax.device_get(combine(base, adapters)["layers"])
     kernels = {
         f"{t}_kernel": layers[f"{t}_kernel"] + SCALE * layers[f"{t}_lora_b"] @ layers[f"{t}_lora_a"]
         for t in LORA.targets
@@ -110,7 +118,7 @@ def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-11)
     expected = {}
     for target in LORA.targets:
-        dkernel = whole["layers"][f"{target}_kernel"]
+        dkernel = np.asarray(whole["layers"][f"{target}_kernel"])
         a = layers[f"{target}_lora_a"]
         b = layers[f"{target}_lora_b"]
         expected[f"{target}_lora_a"] = SCALE * b.swapaxes(1, 2) @ dkernel
@@ -126,9 +134,9 @@ def test_an_update_trains_the_adapters_alone(rng):
     batch, head = scored(make_batch(rng), teacher, estimator)
     update = make_update(UpdateSpec(model, in_tiles(estimator), "bfloat16", 7), config, 10)
     kept = jax.device_get(base)
-    state = init_state(init_adapters(model, LORA, 0), make_optimizer(config, 10))
+    state = init_state(new_adapters(model, LORA, 0), make_optimizer(config, 10))
     # Only adapters and moments are float32: nothing has the shape of a kernel or of the head.
-    sizes = sum(x.size for x in jax.tree.leaves(init_adapters(model, LORA, 0)))
+    sizes = sum(x.size for x in jax.tree.leaves(state.params))
     assert (
         sum(
             x.size

@@ -1,12 +1,10 @@
 """A run on eight simulated devices equals the run on one, for every mesh."""
 
-import shutil
-
 import jax
 import jax.numpy as jnp
 import pytest
 from mesh_pair import mesh_config
-from tiny_runs import assert_close_run, assert_equal_trees, final_weights
+from tiny_runs import assert_close_run, assert_equal_trees, final_weights, rewound
 
 from opdjax.cli.export import export_step
 from opdjax.config import MeshConfig, TrainConfig
@@ -51,10 +49,7 @@ def test_every_mesh_equals_one_device(mesh, alone, pair, tmp_path):
 
 def continued(workdir_before, pair, mesh, workdir):
     """The run of `workdir_before`, killed after its first step, continued on another mesh."""
-    shutil.copytree(workdir_before, workdir)
-    for gone in ("checkpoints/2", "student"):
-        shutil.rmtree(workdir / gone)
-    (workdir / "result.json").unlink()
+    rewound(workdir_before, workdir, 1)
     train(mesh_config(pair, mesh), workdir)
     return workdir
 

@@ -547,6 +547,7 @@ def test_a_timeline_that_is_being_written_is_read_to_its_last_whole_row(tmp_path
 # A sweep
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_a_sweep_tells_staleness_and_keep_rate_of_those_that_have_them(tmp_path):
     for lag in (1, 4):
         point = write_point(

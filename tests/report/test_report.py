@@ -410,6 +410,7 @@ def test_what_the_teacher_gave_follows_from_recipe_and_options(tmp_path, options
     assert "On-policy: the student sampled completions" in parser.all
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_a_run_that_is_going_on_says_how_far_it_is(tmp_path):
     parser = read(write_run(tmp_path / "run", finished=False))
     assert "So far avg@8 went from 0.409 to 0.500 (step 3); 6 steps, 3 s done." in parser.all
@@ -450,6 +451,7 @@ def test_a_change_within_its_interval_is_not_called_a_gain(tmp_path):
     )
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_a_grader_that_finds_no_right_answer_is_named_everywhere(tmp_path):
     for seed in (0, 1):
         point = write_point(tmp_path / "sweep", config(seed=seed), seed=seed)

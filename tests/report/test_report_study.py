@@ -127,6 +127,7 @@ def test_every_verdict_stands_in_the_overview_with_its_paired_difference(study):
     assert sorted(told) == sorted(f"{n} {status}" for status, n in counts.items() if n)
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_runs_of_two_configs_in_a_cell_are_told_and_not_averaged(tmp_path):
     write_study(tmp_path, **BARE)
     asked = settings(
@@ -142,6 +143,7 @@ def test_runs_of_two_configs_in_a_cell_are_told_and_not_averaged(tmp_path):
     assert "fits runs of 2 configs" in page.all
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_runs_of_several_commits_and_single_seeds_are_told(tmp_path):
     for arm in ("opd", "vopd"):
         directory = write_arm(tmp_path, arm, 0)
@@ -153,6 +155,7 @@ def test_runs_of_several_commits_and_single_seeds_are_told(tmp_path):
     assert "0.500 (n=1)" in page.all
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_a_sweep_without_a_paper_has_no_such_section(tmp_path):
     source = read(write_sweep(tmp_path, seeds=(0,))).source
     assert 'id="claims"' not in source
@@ -162,6 +165,7 @@ def test_a_sweep_without_a_paper_has_no_such_section(tmp_path):
 # Cost
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_the_front_is_what_no_other_arm_beats_on_both(tmp_path):
     for arm, spent, score in (
         ("opd", 1.0, 0.5),
@@ -303,6 +307,7 @@ def test_a_run_without_an_evaluation_answered_no_other_prompts(tmp_path):
     assert "different prompts" not in page.all
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_the_command_writes_each_page_under_a_name_of_its_own(study, tmp_path, capsys):
     directory, _ = study
     report([str(directory)])
@@ -324,6 +329,7 @@ def test_the_command_needs_no_jax():
 # Judged arms, stale arms
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_judged_arms_have_their_rewards_and_costs_side_by_side(tmp_path):
     for seed, reward in ((0, 0.5), (1, 0.7)):
         told = {
@@ -360,6 +366,7 @@ def test_judged_arms_have_their_rewards_and_costs_side_by_side(tmp_path):
     assert "Groups masked for ties" in page.all
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_arms_that_draw_ahead_have_their_staleness_side_by_side(tmp_path):
     ahead = NearPolicyConfig(schedule="continuous", max_staleness=4, filter="ifd")
     for seed in (0, 1):
@@ -403,6 +410,7 @@ def test_a_damaged_point_is_left_out_by_name_and_the_others_are_shown(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_of_equal_scores_none_is_the_highest(tmp_path):
     for arm, after in {"opd": 0.0, "vopd": 0.0}.items():
         write_arm(tmp_path, arm, 0, after=after)
@@ -412,6 +420,7 @@ def test_of_equal_scores_none_is_the_highest(tmp_path):
     assert "2 of 3 finished groups share the highest avg@8, 0.000: " in page.all
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_the_teachers_own_scores_are_no_arm(tmp_path):
     for arm in ("opd", "vopd"):
         write_arm(tmp_path, arm, 0)

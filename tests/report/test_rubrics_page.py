@@ -451,6 +451,7 @@ def test_what_is_read_back_is_what_the_run_has_told(tmp_path):
 # The page
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_start_and_end_stand_side_by_side(tmp_path):
     early = [judged(step, step, ((1, 0), (0, 0), (1, 0), (0, 0))) for step in (1, 2)]
     late = [judged(step, step, ((1, 1), (1, 0), (1, 1), (1, 0))) for step in (3, 4)]
@@ -491,6 +492,7 @@ def test_the_page_of_a_random_run(random_run):
     assert row(random_run, "unavailable")[1] != "0"
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_an_example_shows_who_meets_what(tmp_path):
     criteria = [
         criterion(1, "task", 5, text="Names the capital"),
@@ -574,6 +576,7 @@ def test_stages_have_a_chart_and_a_table(tmp_path):
     assert len(row(parser, "work")) == 4
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_a_judge_without_rubrics(tmp_path):
     rows = [
         failed(
@@ -587,6 +590,7 @@ def test_a_judge_without_rubrics(tmp_path):
     assert "Pass rate" not in parser.all
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_cost_by_role_and_the_share_of_the_cache(tmp_path):
     parser = read(write_judged(tmp_path / "run", random_rows(4, 2)))
     verifier = row(parser, "verifier")
@@ -606,6 +610,7 @@ def test_cost_by_role_and_the_share_of_the_cache(tmp_path):
     assert "The learner waited for judges 40 % of its time (1 s)" in parser.all
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_the_cost_of_steps_that_were_done_again_is_counted(tmp_path):
     spending = [
         {"step": step, "role": "verifier", "calls": 10, "cached": 0, "retries": 0, "dollars": 0.5}
@@ -619,6 +624,7 @@ def test_the_cost_of_steps_that_were_done_again_is_counted(tmp_path):
 # Files
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_a_torn_last_line_and_unknown_keys_are_no_error(tmp_path):
     rows = [judged(1, 0) | {"from": "a later version"}]
     directory = write_judged(tmp_path / "run", rows, torn='{"step": 2, "prom')
@@ -664,11 +670,13 @@ def test_one_step_alone(tmp_path):
     assert "in the one step so far" in parser.all
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_other_runs_say_nothing_of_judges(tmp_path):
     parser = read(write_run(tmp_path / "run"))
     assert not {"rubrics", "signal", "truth", "judge-cost", "failures", "judged"} & set(parser.ids)
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_what_is_shown_to_a_teacher_is_called_no_reward(tmp_path):
     parser = read(write_judged(tmp_path / "run", random_rows(2, 2, fail=0), recipe="opd"))
     assert "is no reward here" in parser.all

@@ -20,7 +20,14 @@ from opdjax.data.references import ReferenceIndexError, read_index
 from opdjax.diagnose.doctor import run_checks
 from opdjax.rollouts.setup import facts, prepare
 from opdjax.rollouts.write_references import _identity, teach
-from opdjax.runs.workdir import WorkdirError, claim, first_day, read_config, read_run_config
+from opdjax.runs.workdir import (
+    WorkdirError,
+    claim,
+    first_day,
+    read_config,
+    read_run_config,
+    write_json,
+)
 from opdjax.sweeps.claims import SweepDirectory
 from opdjax.sweeps.runner import _write_points
 from opdjax.train import train
@@ -57,7 +64,11 @@ def on_day(monkeypatch):
     time.tzset()
 
 
-def test_a_run_keeps_the_day_on_which_it_began(clocked, on_day, tmp_path):
+def test_a_run_keeps_the_day_on_which_it_began(clocked, on_day, tmp_path, monkeypatch):
+    """Prompts are made, and the directory is claimed, before the first step: none is trained."""
+    result = {"student": "student"}
+    finish = lambda _, mirror, *__: write_json(mirror.directory / "result.json", result)
+    monkeypatch.setattr("opdjax.train._run", finish)
     days = on_day(1), on_day(0)
     assert days[0] != days[1]
     train(clocked, tmp_path)

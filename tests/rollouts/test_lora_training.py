@@ -136,7 +136,9 @@ def test_a_run_continues_the_adapter_of_its_student(straight, tmp_path):
     assert_equal_trees(load_params(open_checkpoint(out), "float32"), final_weights(written.parent))
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=2)])
+@pytest.mark.parametrize(
+    "lora", [LoraConfig(), pytest.param(LoraConfig(rank=2), marks=pytest.mark.long)]
+)
 def test_an_adapter_is_merged_where_lora_is_set_otherwise(lora, straight, tmp_path, capsys):
     workdir, _ = straight
     config = dataclasses.replace(

@@ -13,7 +13,10 @@ from opdjax.runs.workdir import read_lines
 from opdjax.train import train
 
 STOPPED = vary(
-    sampling={"stop_strings": ("=1", ";")}, train={"num_steps": 1}, log={"samples_every": 1}
+    sampling={"stop_strings": ("=1", ";")},
+    train={"num_steps": 1},
+    log={"samples_every": 1},
+    evaluation={"temperatures": (1.0,)},
 )
 
 

@@ -163,7 +163,7 @@ def test_a_table_and_a_report(swept, gcs, monkeypatch, capsys):
     code, out = call(monkeypatch, capsys, "table", swept.url)
     assert (
         code,
-        "WorkdirError: gs://bucket/sweep/seed=0/result.json cannot be read as JSON" in out,
+        "opdjax: gs://bucket/sweep/seed=0/result.json cannot be read as JSON" in out,
     ) == (2, True), out
 
 

@@ -2,8 +2,11 @@
 
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
+
+import pytest
 
 from opdjax.data.prompt_rows import read_prompts
 from opdjax.data.sources import ColumnMap
@@ -39,7 +42,7 @@ def test_sources_of_any_kind_become_one_file(tmp_path):
     assert (found[3].prompt, found[3].answer) == ("1+1=", "2")
 
 
-def test_nothing_is_written_if_a_source_cannot_be_read(tmp_path):
+def test_nothing_is_written_if_a_source_cannot_be_read(tmp_path, monkeypatch):
     output = tmp_path / "all.jsonl"
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "1+1=", "answer": None}) + "\n")
@@ -49,8 +52,9 @@ def test_nothing_is_written_if_a_source_cannot_be_read(tmp_path):
         (f"sums={tmp_path / 'none.jsonl'},prompt,answer", "none.jsonl"),
         (f"sums={rows},prompt,answer", "has no 'answer'"),
     ):
-        done = join(output, "first=arithmetic:test[:3],prompt,answer", argument)
-        assert done.returncode != 0
-        assert expected in done.stderr
-        assert "Traceback" not in done.stderr
+        words = [SCRIPT, output, "first=arithmetic:test[:3],prompt,answer", argument]
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert expected in end.value.code  # one message, and no traceback
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]

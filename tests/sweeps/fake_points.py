@@ -24,7 +24,7 @@ with open_workdir(sys.argv[4]) as mirror:
     for step in range(int(os.environ.get("WORK", 10))):
         mirror.record_progress(step=step, num_steps=10)
         time.sleep(0.1)
-    result = {"eval_after": {"avg@k": 0.5}, "by": os.getpid()}
+    result = {"eval_after": {"avg@k": 0.5, "k": 2}, "by": os.getpid()}
     write_json(mirror.directory / "result.json", result)
     mirror.finish()
 """

@@ -158,6 +158,20 @@ def test_a_run_that_crashes_is_started_again_on_the_same_slice(tmp_path):
     assert cloud.state["name"] == "opd"
 
 
+@pytest.mark.long
+def test_a_crash_counts_once_though_the_next_start_fails(tmp_path):
+    cloud = Cloud(tmp_path)
+    (cloud.bucket / "at-5").write_text("1")
+    gcloud = tmp_path / "bin" / "gcloud"
+    second = '[ $(wc -l < starts) != 2 ] || { echo "ERROR: UNAVAILABLE" >&2; exit 1; }'
+    fails = f'case "$*" in *new-session*) echo >> starts; {second} ;; esac\nexec'
+    gcloud.write_text(gcloud.read_text().replace("exec", fails))
+    finished = cloud.babysit()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "failed (1 in a row); retrying" in finished.stdout
+    assert cloud.steps == 30
+
+
 # A bug, and a mistake of the user.
 @pytest.mark.parametrize("status", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_it_gives_up_on_a_run_that_is_wrong(tmp_path, status):

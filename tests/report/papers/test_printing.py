@@ -2,12 +2,12 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
 import study
 
+from opdjax.cli import main
 from opdjax.config.validation import ConfigError
 from opdjax.report.papers.tables import paper_tables
 from opdjax.report.table import list_of_papers, markdown, paper_table, table
@@ -176,20 +176,23 @@ def test_a_name_that_no_table_has(mini):
     assert [line.split()[0] for line in list_of_papers().splitlines()] == list(paper_tables())
 
 
-def test_the_command(mini, tmp_path):
+def test_the_command(mini, tmp_path, monkeypatch, capsys):
     def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "opdjax", "table", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-        )
+        """(exit status, standard output, standard error)."""
+        monkeypatch.setattr(sys, "argv", ["opdjax", "table", *map(str, arguments)])
+        status = 0
+        try:
+            main.main()
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
 
     output = tmp_path / "out.json"
-    done = run(mini, "--paper", "vopd_k", "--format", "json", "--output", output)
-    assert (done.returncode, done.stdout) == (0, f"wrote {output}\n")
+    written = run(mini, "--paper", "vopd_k", "--format", "json", "--output", output)
+    assert written[:2] == (0, f"wrote {output}\n")
     assert output.read_text() == paper_table(mini, "vopd_k", "json") + "\n"
-    assert run("--papers").stdout == list_of_papers() + "\n"
-    failed = run(mini, "--paper", "vopd")
-    assert failed.returncode != 0
-    assert "there is no table 'vopd'" in failed.stderr
-    assert "no directory given; expected that of a sweep" in run().stderr
+    assert run("--papers")[:2] == (0, list_of_papers() + "\n")
+    status, _, error = run(mini, "--paper", "vopd")
+    assert status != 0
+    assert "there is no table 'vopd'" in error
+    assert "no directory given; expected that of a sweep" in run()[2]

@@ -226,7 +226,7 @@ def refusing_server():
             "max_tokens is not supported, use max_completion_tokens; set api.max_tokens_field to "
             "max_completion_tokens",
         ),
-        ("max_completion_tokens", "The prompt is too long"),
+        pytest.param("max_completion_tokens", "The prompt is too long", marks=pytest.mark.long),
     ],
 )
 def test_a_server_that_refuses_is_quoted_in_train_and_doctor_alike(

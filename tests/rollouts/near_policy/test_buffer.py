@@ -7,6 +7,7 @@ import threading
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import HANG
 
 from opdjax.rollouts.near_policy.buffer import RolloutBuffer, version_for
 
@@ -102,7 +103,7 @@ def test_drawing_waits_for_weights_and_learning_for_rollouts():
     assert publishing.is_alive()
     may_draw.release()
     for thread in (learning, publishing):
-        thread.join(5)
+        thread.join(HANG)
         assert not thread.is_alive()
     assert 3 not in buffer
     may_draw.release(2)
@@ -169,7 +170,7 @@ def test_a_closed_buffer_gives_what_is_stored_and_draws_nothing_more():
     closing = in_thread(buffer.close)
     assert closing.is_alive()
     may_draw.set()
-    closing.join(5)
+    closing.join(HANG)
     assert not closing.is_alive()
     assert drawn == [0]
     assert buffer.get(0) == 0
