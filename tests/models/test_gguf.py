@@ -72,7 +72,8 @@ def write(path, architecture, pieces, kinds, *, tied=False, metadata=(), tensors
     writer.add_feed_forward_length(inner)
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    writer.add_key_length(width // heads)
+    head_size = 128 if architecture == "qwen3" else width // heads  # transformers expects 128
+    writer.add_key_length(head_size)
     writer.add_rope_freq_base(50000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
@@ -105,14 +106,15 @@ def write(path, architecture, pieces, kinds, *, tied=False, metadata=(), tensors
         at = f"blk.{layer}."
         vector(f"{at}attn_norm.weight")
         vector(f"{at}ffn_norm.weight")
-        for part, rows in {"q": width, "k": width // 2, "v": width // 2}.items():
+        for part, heads_of in {"q": heads, "k": kv_heads, "v": kv_heads}.items():
+            rows = heads_of * head_size
             matrix(f"{at}attn_{part}.weight", rows)
             if architecture == "qwen2":
                 vector(f"{at}attn_{part}.bias", rows)
-        matrix(f"{at}attn_output.weight", width)
+        matrix(f"{at}attn_output.weight", width, heads * head_size)
         if architecture == "qwen3":
-            vector(f"{at}attn_q_norm.weight", width // heads)
-            vector(f"{at}attn_k_norm.weight", width // heads)
+            vector(f"{at}attn_q_norm.weight", head_size)
+            vector(f"{at}attn_k_norm.weight", head_size)
         for part, rows in {"gate": inner, "up": inner, "down": width}.items():
             matrix(f"{at}ffn_{part}.weight", rows)
     for name, values in tensors:
