@@ -20,7 +20,6 @@ from opdjax.models.hf import CheckpointError
 from opdjax.models.rope import Rope, inverse_frequencies
 from opdjax.runs.object_store import scratch_root
 
-
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _NAMES = {  # parameter of the decoder: tensor of the file, without `.weight`
     "embedding": "token_embd",
