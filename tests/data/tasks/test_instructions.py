@@ -1,4 +1,4 @@
-"""Built-in instructions: distinct whole sentences; the test split shares nothing with the others."""
+"""Built-in instructions: distinct sentences; the test split shares nothing with the others."""
 
 import importlib.resources
 import re
