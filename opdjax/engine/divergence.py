@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,12 +24,19 @@ from opdjax.engine.scorer import score
 from opdjax.estimators.diagnostics import entropy
 from opdjax.estimators.divergence import forward_kl, jsd, reverse_kl
 from opdjax.models.decoder import DecoderConfig, Params, head_of
-from opdjax.ops.sharding import num_row_shards, shard_rows, to_host
+from opdjax.ops.multihost import agreed, on_process_zero
+from opdjax.ops.sharding import is_process_zero, num_row_shards, shard_rows, to_host
 from opdjax.ops.tile import Head, VocabTile
 from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
 from opdjax.runs.statistics import clustered_ratio
+from opdjax.runs.workdir import append_lines, read_lines
 from opdjax.types import PromptBatch, Rollouts, TrainBatch
 
+LOG = "divergence.jsonl"
+MEASURES = (
+    *("reverse_kl", "forward_kl", "jsd", "agreement"),
+    *("student_entropy", "teacher_entropy", "length"),
+)
 _SEED = 0  # runs draw with the same random numbers, so that they can be compared
 _ROWS = 64  # rows whose hidden states exist at a time
 _SLOTS = 128  # rows decoded at a time, unless sampling.slots says less
@@ -127,6 +136,33 @@ class DivergenceEvaluator:
         hidden = read(params, head, plain, config=self.student).hidden
         theirs = read(self.teacher_params, teacher_head, batch, config=self.teacher).hidden
         return to_host(_summed(hidden, head, theirs, teacher_head, batch, mesh=self.mesh))
+
+
+def measure(
+    evaluator: DivergenceEvaluator | None,
+    workdir: pathlib.Path,
+    step: int,
+    weights: Callable[[], Params],
+) -> dict[str, float]:
+    """Append this step's measures to divergence.jsonl unless they are there; return the means by
+    WRITER/NAME, or nothing without an evaluator. `weights` is called only if they are missing.
+    """
+    if evaluator is None:
+        return {}
+    file = workdir / LOG
+    found = {row["step"]: row for row in read_lines(file)}
+    if agreed(step not in found):
+        found[step] = {"step": step, **evaluator(weights())}
+        on_process_zero(partial(append_lines, file, [found[step]]))
+        if is_process_zero():
+            own, given = found[step]["student"], found[step]["teacher"]
+            print(
+                f"divergence at step {step}: KL(student || teacher) {own['reverse_kl']:.3f} on the "
+                f"student's answers, KL(teacher || student) {given['forward_kl']:.3f} on the "
+                f"teacher's, same most likely token {own['agreement']:.1%}"
+            )
+    by_writer = {writer: found[step][writer] for writer in ("student", "teacher")}
+    return {f"{w}/{name}": by_writer[w][name] for w in by_writer for name in MEASURES}
 
 
 @partial(jax.jit, static_argnames="mesh")

@@ -22,11 +22,12 @@ class UnreadableCheckpointError(ValueError):
     """A stored state is damaged."""
 
 
-_BEST = "avg@k"  # the score whose best checkpoint is kept: it has the least noise
+# The scores whose best checkpoint is kept, by the first that a run has; lower divergence is better.
+_BEST = {"avg@k": 1, "student/reverse_kl": -1}
 
 
 class Checkpointer:
-    """Saves states asynchronously; keeps the newest `keep` and the one with the highest metric."""
+    """Saves states asynchronously; keeps the newest `keep` and the one with the best score."""
 
     def __init__(
         self,
@@ -38,13 +39,13 @@ class Checkpointer:
         # Orbax logs every step of every save; failures surface as exceptions.
         logging.getLogger("absl").setLevel(logging.ERROR)
         best = BestN(
-            get_metric_fn=lambda metrics: metrics[_BEST],
+            get_metric_fn=_quality,
             n=1,
             keep_checkpoints_without_metrics=False,
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-            best_fn=lambda metrics: metrics[_BEST],
+            best_fn=_quality,
             # A reader must not remove what a running process is writing.
             cleanup_tmp_directories=not is_read_only,
             read_only=is_read_only,
@@ -66,9 +67,9 @@ class Checkpointer:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the evaluated checkpoint with the highest metric; None if none was evaluated."""
+        """Step of the evaluated checkpoint with the best score; None if none was evaluated."""
         scored = {step: self._manager.metrics(step) for step in self.steps}
-        scored = {step: metrics[_BEST] for step, metrics in scored.items() if metrics}
+        scored = {step: _quality(metrics) for step, metrics in scored.items() if metrics}
         return max(scored, key=scored.get) if scored else None
 
     def save(self, step: int, state: Any, evaluation: dict[str, float] | None = None) -> None:
@@ -128,6 +129,10 @@ class Checkpointer:
     def close(self) -> None:
         """Finish pending writes and close the directory."""
         self._manager.close()
+
+
+def _quality(metrics: dict[str, float]) -> float:
+    return next(sign * metrics[name] for name, sign in _BEST.items() if name in metrics)
 
 
 def _first_line(error: Exception) -> str:
