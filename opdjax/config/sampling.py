@@ -69,10 +69,6 @@ class EvaluationConfig(Section):
 
     # Prompts in the form of data.source; None: no evaluation.
     source: str | None = "arithmetic:test"
-    # answers: grade sampled and greedy answers, which needs right ones; divergence: measure how far
-    # the student is from the teacher at each token of answers that it samples, and of answers that
-    # the teacher samples; both.
-    kind: Literal["answers", "divergence", "both"] = "answers"
     # What is read of a completion and compared with the answer: gsm8k (the number after ####),
     # last_number, boxed (the last \boxed{...}, as mathematics), choice (a letter from A to J),
     # exact (the whole text), regex:PATTERN (its last match, or the first group of it),
@@ -98,6 +94,10 @@ class EvaluationConfig(Section):
     # column with the name of a prompt's benchmark (MATH500, AMC23 ...): scores are then also given
     # for each benchmark, and as their mean.
     columns: tuple[str, ...] = ()
+    # answers: grade sampled and greedy answers, which needs right ones; divergence: measure how far
+    # the student is from the teacher at each token of answers that it samples, and of answers that
+    # the teacher samples; both.
+    kind: Literal["answers", "divergence", "both"] = "answers"
 
     def __post_init__(self):
         super().__post_init__()
