@@ -22,6 +22,7 @@ import numpy as np
 
 from opdjax.config import STUDENT, Config
 from opdjax.data.references import ReferenceMissError
+from opdjax.engine.divergence import measure
 from opdjax.engine.evaluate import evaluate
 from opdjax.engine.update import (
     TrainState,
@@ -171,7 +172,7 @@ def _open(mirror: WorkdirMirror, config: Config, setup: Setup, run_facts: dict[s
         return False
     print(f"{mirror.name} holds a finished run")
     result = read_result(mirror.directory)
-    if "eval_after" in result:
+    if config.evaluation.source is not None:
         print(result_table(result))
     return True
 
@@ -230,7 +231,7 @@ def _run(
     if not first:
         _evaluate(setup, workdir, 0, copy_weights, writer)
     else:
-        evaluate(setup.evaluator, workdir, 0, partial(initial_weights, setup))
+        _evaluate(setup, workdir, 0, partial(initial_weights, setup), None)
         if not latest:
             save(first)  # from now on the optimizer of the other run is not needed
     source.publish(first, copy_weights, timer)
@@ -302,7 +303,7 @@ def _run(
             break
         source.publish(done, copy_weights, timer)
     progress.close()
-    evaluate(setup.evaluator, workdir, int(state.step), copy_weights)  # if no step was taken
+    _evaluate(setup, workdir, int(state.step), copy_weights, None)  # if no step was taken
     checkpointer.wait()
     _finish(setup, mirror, combine(frozen, state.params), state, spec.dtype)
 
@@ -356,11 +357,15 @@ def _evaluate(
     copy_weights: Callable[[], Params],
     writer: MetricWriter | None,
 ) -> dict[str, float] | None:
-    """`evaluate` the student of a step, and send its scores to the trackers."""
-    scores = evaluate(setup.evaluator, workdir, step, copy_weights)
-    sent = {f"eval/{name}": value for name, value in (scores or {}).items()}
-    on_process_zero(lambda: writer.send(step, sent) if sent else None)
-    return scores
+    """Evaluate the student of a step, unless that was done, and send the scores to the trackers.
+
+    Return them, with the divergences from the teacher; None without an evaluation.
+    """
+    scores = evaluate(setup.evaluator, workdir, step, copy_weights) or {}
+    scores = scores | measure(setup.divergence, workdir, step, copy_weights)
+    sent = {f"eval/{name}": value for name, value in scores.items()}
+    on_process_zero(lambda: writer.send(step, sent) if sent and writer is not None else None)
+    return scores or None
 
 
 def _is_out_of_patience(config: Config, workdir: pathlib.Path, step: int) -> bool:
@@ -420,9 +425,9 @@ def _finish(
         result = make_result(config, mirror.directory, counts, out.name)
         if done < config.train.num_steps:
             count = config.train.early_stopping_patience
-            reason = f"step {done}: {count} evaluations without a better avg@k"
+            reason = f"step {done}: {count} evaluations without a better score"
             print(f"stopped after {reason}; opdjax export {mirror.name} --step best has the best")
-        if "eval_after" in result:
+        if config.evaluation.source is not None:
             print(result_table(result))
         write_json(mirror.directory / "result.json", result)
 

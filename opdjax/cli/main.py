@@ -15,7 +15,7 @@ import time
 import traceback
 
 from opdjax.cli.experiments import experiments
-from opdjax.cli.models import check, evaluate, export, sample
+from opdjax.cli.models import check, evaluate, export, make_student, sample
 from opdjax.cli.runs import audit, doctor, plan, references, rollouts, score, train
 from opdjax.cli.sweeps import report, sweep, table
 from opdjax.config.validation import nearest
@@ -36,6 +36,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "check": check,
     "export": export,
+    "make-student": make_student,
     "experiments": experiments,
 }
 ALIASES = {"teach": "references", "annotate": "score", "inspect": "rollouts", "import": "check"}
@@ -146,7 +147,7 @@ def _report(message: str) -> None:
 def _usage() -> str:
     lines = ["usage: opdjax COMMAND …", ""]
     for name, function in COMMANDS.items():
-        lines.append(f"  {name:<12}{function.__doc__.splitlines()[0]}")
+        lines.append(f"  {name:<13}{function.__doc__.splitlines()[0]}")
     aliases = ", ".join(f"{alias} (now {name})" for alias, name in ALIASES.items())
     lines += ["", "opdjax COMMAND --help lists the options of a command."]
     lines += ["--debug, with any command, or OPDJAX_DEBUG=1 adds the traceback to an error."]

@@ -1,7 +1,9 @@
 """Commands for one checkpoint."""
 
 import functools
+import math
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,10 +22,11 @@ from opdjax.config import (
     TrainConfig,
 )
 from opdjax.config.sampling import is_own_function
-from opdjax.config.validation import ConfigError
+from opdjax.config.validation import ConfigError, require
 from opdjax.runs.object_store import Folder, is_remote, open_output
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+_RANGES = r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*"
 _VIEW = ("prompt_format", "system_prompt", "format", "max_prompt_length", "date")  # of the student
 
 
@@ -215,3 +218,43 @@ def export(
         if push_to_hub is not None:
             print(f"uploaded to {push(directory, push_to_hub)}")
     print(f"wrote {as_given(out)}")
+
+
+@command("MODEL OUT [--keep-layers 0-21,25-29] [--bits N]")
+def make_student(
+    model: Positional[str],
+    out: Positional[pathlib.Path],
+    keep_layers: str | None = None,
+    bits: int | None = None,
+    noise: float = 0.0,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    seed: int = 0,
+):
+    """Write a student made from its teacher: fewer layers, coarser or noisier weights.
+
+    Without options it is a copy, which converts a GGUF file or merges an adapter.
+
+    Args:
+        model: Checkpoint directory, GGUF file, hub id, or @mini_teacher.
+        out: New directory to write to.
+        keep_layers: Layers that stay, such as 0-21,25-29; None keeps all.
+        bits: Bits of a rounded weight of a kernel, from 2 to 8; None does not round.
+        noise: Noise of a kernel, in its standard deviations.
+        dtype: Dtype of the weights; None is that of the model.
+        seed: Seed of the noise.
+    """
+    from opdjax.models.make_student import make_student
+
+    require(bits is None or 2 <= bits <= 8, "--bits", bits, "2 to 8")
+    require(0 <= noise < math.inf, "--noise", noise, "0 or more")
+    kept = None if keep_layers is None else _numbers(keep_layers)
+    make_student(model, out, keep_layers=kept, bits=bits, noise=noise, dtype=dtype, seed=seed)
+    print(f"wrote {as_given(out)}")
+
+
+def _numbers(text: str) -> list[int]:
+    """The numbers of a list of ranges, such as 0-3,7."""
+    expected = "numbers and ranges, such as 0-21,25-29"
+    require(re.fullmatch(_RANGES, text) is not None, "--keep-layers", text, expected)
+    ends = [part.partition("-") for part in text.split(",")]
+    return [n for first, _, last in ends for n in range(int(first), int(last or first) + 1)]

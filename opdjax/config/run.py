@@ -68,6 +68,9 @@ class Config(Section):
         expected = "more than 0, with an evaluation.source: early stopping counts evaluations"
         is_possible = is_counted or not self.train.early_stopping_patience
         self.require(is_possible, "evaluation.every", expected)
+        expected = f"answers where teacher.path is {STUDENT}: such a teacher moves with the student"
+        is_frozen = not self.teacher_is_student or not self.evaluation.measures
+        self.require(is_frozen, "evaluation.kind", expected)
         self._check_completions()
         if self.near_policy.schedule != "none":
             self._check_near_policy()

@@ -64,9 +64,9 @@ class SamplingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Sampled and greedy answers to held-out prompts, before, during and after training."""
+    """Answers to held-out prompts, before, during and after training."""
 
-    # Prompts with answers, in the form of data.source; None: no evaluation.
+    # Prompts in the form of data.source; None: no evaluation.
     source: str | None = "arithmetic:test"
     # What is read of a completion and compared with the answer: gsm8k (the number after ####),
     # last_number, boxed (the last \boxed{...}, as mathematics), choice (a letter from A to J),
@@ -93,6 +93,10 @@ class EvaluationConfig(Section):
     # column with the name of a prompt's benchmark (MATH500, AMC23 ...): scores are then also given
     # for each benchmark, and as their mean.
     columns: tuple[str, ...] = ()
+    # answers: grade sampled and greedy answers, which needs right ones; divergence: measure how far
+    # the student is from the teacher at each token of answers that it samples, and of answers that
+    # the teacher samples; both.
+    kind: Literal["answers", "divergence", "both"] = "answers"
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,6 +117,16 @@ class EvaluationConfig(Section):
     def column_names(self) -> dict[str, str]:
         """The columns that are named, by what they hold."""
         return columns_of("evaluation.columns", self.columns, ("prompt", "answer", "benchmark"))
+
+    @property
+    def grades(self) -> bool:
+        """Whether answers are graded."""
+        return self.source is not None and self.kind != "divergence"
+
+    @property
+    def measures(self) -> bool:
+        """Whether the divergence from the teacher is measured."""
+        return self.source is not None and self.kind != "answers"
 
     @property
     def temperature(self) -> float:

@@ -1,6 +1,7 @@
 """Data sources: where rows are stored, read as plain dictionaries.
 
     arithmetic:SPLIT                    the built-in task
+    instructions:SPLIT                  built-in instructions without answers
     FILE.jsonl, FILE.json               JSON lines, or one list of objects
     FILE.csv, FILE.parquet              a table; the first line of a CSV file has its columns
     parquet:PATH                        a file, a directory (its .parquet files, by name) or a glob
@@ -10,7 +11,7 @@
                                         or a builder's directory
 
 A path or directory on gs:// is first copied to this machine (a glob must be local). SPLIT may be a
-slice in the library's notation, such as `train[:10%]`; of the built-in task, a slice of rows, such
+slice in the library's notation, such as `train[:10%]`; of what is built in, a slice of rows, such
 as `train[:640]`. A name that begins with `/`, `.` or `~` is always a directory. The last two use
 `datasets` and the random access of TFDS, which needs no TensorFlow.
 """
@@ -27,13 +28,13 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from opdjax.config.validation import MissingExtraError
-from opdjax.data.tasks import arithmetic
+from opdjax.data.tasks import arithmetic, instructions
 from opdjax.runs.bounds import (
     CONFIG_BYTES,
     EXPANDED_BYTES,
@@ -48,8 +49,9 @@ from opdjax.runs.bounds import (
 from opdjax.runs.object_store import is_remote, local_copy
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # (place for error messages, row)
+Reader = Callable[..., Rows]
 _EXPECTED = (
-    "arithmetic:SPLIT, a .jsonl, .json, .csv or .parquet file, parquet:PATH, "
+    "arithmetic:SPLIT, instructions:SPLIT, a .jsonl, .json, .csv or .parquet file, parquet:PATH, "
     "hf:NAME[@CONFIG]#SPLIT or tfds:NAME[/CONFIG][:VERSION]#SPLIT"
 )
 SKIP_ADVICE = "repair the row, or leave out such rows with --data.skip-bad-rows"
@@ -198,16 +200,28 @@ def _json_object(line: bytes, place: str) -> dict[str, Any]:
     return row
 
 
-def _arithmetic(text: str, columns: ColumnMap) -> Rows:
-    split, start, end = re.fullmatch(r"(.*?)(?:\[(\d*):(\d*)\])?", text, re.DOTALL).groups()
-    try:
-        problems = arithmetic.problems(split)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    rows = list(enumerate(problems))
-    for number, problem in rows[int(start or 0) : int(end or len(problems))]:
-        row = {"prompt": problem.prompt, "answer": problem.answer, "reference": problem.reference}
-        yield f"arithmetic:{split}, row {number}", row
+def _built_in(name: str, make: Callable[[str], list[dict[str, Any]]]) -> Reader:
+    def read(text: str, columns: ColumnMap) -> Rows:
+        split, start, end = re.fullmatch(r"(.*?)(?:\[(\d*):(\d*)\])?", text, re.DOTALL).groups()
+        try:
+            rows = list(enumerate(make(split)))
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        for number, row in rows[int(start or 0) : int(end or len(rows))]:
+            yield f"{name}:{split}, row {number}", row
+
+    return read
+
+
+def _arithmetic(split: str) -> list[dict[str, Any]]:
+    return [
+        {"prompt": each.prompt, "answer": each.answer, "reference": each.reference}
+        for each in arithmetic.problems(split)
+    ]
+
+
+def _instructions(split: str) -> list[dict[str, Any]]:
+    return [{"prompt": text} for text in instructions.instructions(split)]
 
 
 def _parquet(text: str, columns: ColumnMap) -> Rows:
@@ -427,7 +441,8 @@ def _extra(kind: str) -> Iterator[None]:
 
 
 _READERS = {
-    "arithmetic": _arithmetic,
+    "arithmetic": _built_in("arithmetic", _arithmetic),
+    "instructions": _built_in("instructions", _instructions),
     "parquet": _parquet,
     "hf": _huggingface,
     "tfds": _tensorflow_datasets,

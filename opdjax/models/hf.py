@@ -276,6 +276,10 @@ def _place(
 def _resolve(path_or_id: str, revision: str | None, wanted: tuple[str, ...]) -> pathlib.Path:
     if path_or_id.startswith("@"):
         return _built_in(path_or_id)
+    if path_or_id.lower().endswith(".gguf") and not is_remote(path_or_id):
+        from opdjax.models.gguf import directory_of
+
+        return directory_of(pathlib.Path(os.path.expanduser(path_or_id)))
     if is_remote(path_or_id):
         is_wanted = lambda name: any(fnmatch.fnmatch(name, pattern) for pattern in wanted)
         return local_copy(path_or_id, is_wanted)

@@ -148,6 +148,8 @@ def _encoded(model: Model, prompts: Sequence[str | Messages], data: DataConfig |
 
 def scores_of(config: Config) -> dict[str, Any]:
     """The evaluation scores of the config's student; ConfigError without evaluation prompts."""
+    evaluation = dataclasses.replace(config.evaluation, kind="answers")
+    config = dataclasses.replace(config, evaluation=evaluation)
     checkpoint = open_student(config)
     evaluator = make_evaluator(config, checkpoint, load_tokenizer(checkpoint.path), None)
     if evaluator is None:

@@ -22,6 +22,7 @@ from opdjax.data.sources import ColumnMap
 from opdjax.data.stop_strings import find_stop_strings
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
+from opdjax.engine.divergence import DivergenceEvaluator
 from opdjax.engine.evaluate import Evaluator
 from opdjax.engine.scheduling import require_slots
 from opdjax.engine.update import TrainState, UpdateSpec, scored_temperature, spec_of
@@ -67,6 +68,7 @@ class Setup:
     evaluator: Evaluator | None
     # The untrained student, if there is a penalty for leaving it.
     reference_policy: Teacher | None = None
+    divergence: DivergenceEvaluator | None = None
 
 
 def prepare(config: Config, today: str | None = None) -> Setup:
@@ -136,9 +138,10 @@ def prepare(config: Config, today: str | None = None) -> Setup:
     if config.estimator.reference_kl_coef:
         start = Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True)
         reference = load(start)
-    return Setup(
+    setup = Setup(
         config, mesh, student, dtype, tokenizer, teacher, prompts, decoding, evaluator, reference
     )
+    return dataclasses.replace(setup, divergence=_divergence_evaluator(setup))
 
 
 def as_recorded(config: Config, setup: Setup) -> Config:
@@ -265,7 +268,9 @@ def needs_teacher(config: Config) -> bool:
 
 def reads_scores(config: Config) -> bool:
     """Whether the teacher's log-probs are compared with the student's, id by id."""
-    return estimator_of(config.estimator).teacher != "none" or config.near_policy.filter != "none"
+    is_filtered = config.near_policy.filter != "none"
+    reads = estimator_of(config.estimator).teacher != "none"
+    return reads or is_filtered or config.evaluation.measures
 
 
 def with_teacher_weights(teacher: Teacher, params: Params, config: Config) -> Teacher:
@@ -311,7 +316,7 @@ def make_evaluator(
 ) -> Evaluator | None:
     """The evaluator of a config with its prompts; None if the config has no evaluation."""
     evaluation = dataclasses.replace(config.evaluation, grader=config.grader)
-    if evaluation.source is None:
+    if not evaluation.grades:
         return None
     require_grader(evaluation.grader)
     view = student_view(config.data)
@@ -327,6 +332,24 @@ def make_evaluator(
     decoding = decoding_of(student, tokenizer, config.sampling.stop_token_ids, **own)
     slots = config.sampling.slots
     return Evaluator(student.config, prompts, tokenizer, evaluation, decoding, mesh, slots)
+
+
+def _divergence_evaluator(setup: Setup) -> DivergenceEvaluator | None:
+    config, teacher, evaluation = setup.config, setup.teacher, setup.config.evaluation
+    if not evaluation.measures:
+        return None
+    names = config.data.column_names | evaluation.column_names
+    columns = ColumnMap(**{name: names[name] for name in names if name in ("prompt", "benchmark")})
+    data = dataclasses.replace(config.data, source=evaluation.source, columns=(), references=None)
+    rows = read_prompts(data.source, columns, skips_bad_rows=data.skip_bad_rows)
+    rows = first_of_each(rows, evaluation.num_prompts)
+    prompts = encode_prompts(rows, data, setup.tokenizer, teacher.tokenizer)
+    names = ("max_completion_length", "top_k", "top_p", "temperature")
+    own = {name: getattr(evaluation, name) for name in names}
+    how = [dataclasses.replace(each.decoding, **own) for each in (setup, teacher)]
+    models = setup.student.config, teacher.checkpoint.config, teacher.params
+    samples, slots = evaluation.num_samples, config.sampling.slots
+    return DivergenceEvaluator(*models, prompts, *how, samples, setup.mesh, slots)
 
 
 def student_view(data: DataConfig) -> DataConfig:

@@ -28,7 +28,10 @@ from opdjax.runs.mirror import read_only_workdir
 from opdjax.runs.workdir import append_lines, read_config, read_lines, read_run_config
 
 # Logs with a row per step, which are cut where a run continues.
-LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "rubrics.jsonl", "timeline-learner.jsonl")
+LOGS = (
+    *("metrics.jsonl", "samples.jsonl", "eval.jsonl", "divergence.jsonl", "rubrics.jsonl"),
+    "timeline-learner.jsonl",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +128,7 @@ def copy_logs(config: Config, workdir: pathlib.Path) -> None:
     files = {*LOGS, FROZEN, "config.json"}
     with read_only_workdir(config.train.start[0], files.__contains__) as mirror:
         if read_config(mirror.directory).evaluation != config.evaluation:
-            files.remove("eval.jsonl")
+            files -= {"eval.jsonl", "divergence.jsonl"}
         for name in files - {"config.json"}:
             (workdir / name).unlink(missing_ok=True)
             if rows := read_lines(mirror.directory / name):

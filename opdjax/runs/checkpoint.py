@@ -38,12 +38,13 @@ class UnreadableCheckpointError(ValueError):
         )
 
 
-_BEST = "avg@k"  # the score whose best checkpoint is kept: it has the least noise
+# The scores whose best checkpoint is kept, by the first that a run has; lower divergence is better.
+_BEST = {"avg@k": 1, "student/reverse_kl": -1}
 _RECORD = "opdjax"  # name of what is stored beside the arrays: digests, scores, rows of the logs
 
 
 class Checkpointer:
-    """Saves states asynchronously; keeps the newest `keep` and the one with the highest metric."""
+    """Saves states asynchronously; keeps the newest `keep` and the one with the best score."""
 
     def __init__(
         self,
@@ -56,13 +57,13 @@ class Checkpointer:
         # exceptions.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         best = BestN(
-            get_metric_fn=lambda metrics: metrics[_BEST],
+            get_metric_fn=_quality,
             n=1,
             keep_checkpoints_without_metrics=False,
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-            best_fn=lambda metrics: metrics[_BEST],
+            best_fn=_quality,
             # A reader must not remove what a running process is writing.
             cleanup_tmp_directories=not is_read_only,
             read_only=is_read_only,
@@ -86,11 +87,11 @@ class Checkpointer:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the evaluated checkpoint with the highest metric; None if none was evaluated.
-        UnreadableCheckpointError if a metric is damaged.
+        """Step of the evaluated checkpoint with the best score; None if none was evaluated.
+        UnreadableCheckpointError if a score is damaged.
         """
         scored = {step: self._read(step, self._scores) for step in self.steps}
-        scored = {step: metrics[_BEST] for step, metrics in scored.items() if metrics}
+        scored = {step: _quality(metrics) for step, metrics in scored.items() if metrics}
         return max(scored, key=scored.get) if scored else None
 
     def save(
@@ -281,6 +282,10 @@ def _named(state: Any) -> dict[str, Any]:
 
 def _crc32(record: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _quality(metrics: dict[str, float]) -> float:
+    return next(sign * metrics[name] for name, sign in _BEST.items() if name in metrics)
 
 
 def _first_line(error: Exception) -> str:

@@ -146,7 +146,8 @@ class Progress:
 
     def show(self, step: int, metrics: Metrics) -> None:
         """Show the metrics of a finished step."""
-        kl = f"KL {metrics['kl/student_teacher']:.4f}  " if "kl/student_teacher" in metrics else ""
+        # The estimate by sampled tokens: every recipe has it, so that recipes can be compared.
+        kl = f"KL {metrics['kl/k1']:.4f}  " if "kl/k1" in metrics else ""
         speed = f"{metrics['perf/tokens_per_second']:.0f} tokens/s"
         text = f"loss {metrics['loss/objective']:.4f}  {kl}{speed}"
         if self._bar is not None:

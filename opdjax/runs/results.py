@@ -352,7 +352,11 @@ def make_result(
         "seconds": seconds,
     }
     evaluation = config.evaluation
-    if evaluation.source is None:
+    if evaluation.measures:
+        rows = {row["step"]: row for row in read_lines(workdir / "divergence.jsonl")}
+        before, after = (rows[step] for step in (0, counts["num_steps"]))
+        result |= {"divergence_before": before, "divergence_after": after}
+    if not evaluation.grades:
         return result
     found = {(row["step"], row["temperature"]): row for row in read_lines(workdir / "eval.jsonl")}
     before, after = (found[step, evaluation.temperature] for step in (0, counts["num_steps"]))
@@ -367,15 +371,59 @@ def make_result(
 
 
 def evaluations_since_best(workdir: pathlib.Path, config: Config, step: int) -> int:
-    """Evaluations after the one with the best avg@k, the first of equals, up to and with `step`."""
-    rows = [row for row in read_lines(workdir / "eval.jsonl") if row["step"] <= step]
-    rows = [row for row in rows if row["temperature"] == config.evaluation.temperature]
-    scores = [row["avg@k"] for row in sorted(rows, key=lambda row: row["step"])]
+    """Evaluations after the best one, the first of equals, up to and with `step`: by avg@k, or if
+    no answers are graded by KL(student || teacher).
+    """
+    if config.evaluation.grades:
+        rows = read_lines(workdir / "eval.jsonl")
+        rows = [row for row in rows if row["temperature"] == config.evaluation.temperature]
+        score = lambda row: row["avg@k"]
+    else:
+        rows = read_lines(workdir / "divergence.jsonl")
+        score = lambda row: -row["student"]["reverse_kl"]
+    rows = sorted((row for row in rows if row["step"] <= step), key=lambda row: row["step"])
+    scores = [score(row) for row in rows]
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
 def result_table(result: dict[str, Any]) -> str:
-    """The scores before and after training, as a printed table."""
+    """The scores before and after training, as printed tables."""
+    tables = [_score_table(result)] if "eval_after" in result else []
+    tables += [_divergence_table(result)] if "divergence_after" in result else []
+    return "\n\n".join(tables)
+
+
+_DIVERGENCES = {
+    "reverse_kl": "KL(S || T)",
+    "forward_kl": "KL(T || S)",
+    "jsd": "JSD",
+    "agreement": "same top",
+    "student_entropy": "entropy S",
+    "teacher_entropy": "entropy T",
+    "length": "tokens",
+}
+
+
+def _divergence_table(result: dict[str, Any]) -> str:
+    before, after = result["divergence_before"], result["divergence_after"]
+    lines = [f"{'':32}" + "".join(f"{name:>16}" for name in _DIVERGENCES.values())]
+    for writer in ("student", "teacher"):
+        for moment, row in (("before", before), ("after", after)):
+            found = row[writer]
+            cells = (
+                f"{found[name]:.3f} ± {found[name + '_interval']:.3f}" for name in _DIVERGENCES
+            )
+            title = f"{moment}, on the {writer}'s answers"
+            lines.append(f"{title:32}" + "".join(f"{cell:>16}" for cell in cells))
+    lines.append(
+        f"{after['num_prompts']} held-out prompts, {after['n']} answers each, T = "
+        f"{after['temperature']:g}; S: student, T: teacher; nats a token; ± is half a 95 % "
+        "interval over prompts"
+    )
+    return "\n".join(lines)
+
+
+def _score_table(result: dict[str, Any]) -> str:
     before, after, change = result["eval_before"], result["eval_after"], result["paired_difference"]
     names, k = ("avg@k", "pass@k", "greedy"), before["k"]
 

@@ -30,6 +30,7 @@ _RUN_FILES = (
     "metrics.jsonl",
     "samples.jsonl",
     "eval.jsonl",
+    "divergence.jsonl",
     "result.json",
     "*/point.json",
 )
@@ -142,13 +143,14 @@ def _change_evaluation(
     workdir: pathlib.Path, old: dict[str, Any], new: dict[str, Any], changes: list[str]
 ) -> None:
     """Record other settings of the evaluation in config.json. Scores that they change are moved to
-    eval-N.jsonl, and are made again.
+    eval-N.jsonl and divergence-N.jsonl, and are made again.
     """
     earlier = old.get("evaluation_changes", [])
     if any(not line.startswith("evaluation.every:") for line in changes):
-        file = workdir / "eval.jsonl"
-        append_lines(file.with_stem(f"eval-{len(earlier) + 1}"), read_lines(file))
-        file.write_text("")  # not removed, so that a copy elsewhere is emptied too
+        for file in (workdir / "eval.jsonl", workdir / "divergence.jsonl"):
+            if file.exists():
+                append_lines(file.with_stem(f"{file.stem}-{len(earlier) + 1}"), read_lines(file))
+                file.write_text("")  # not removed, so that a copy elsewhere is emptied too
     for line in changes:
         print(f"note: continuing under another {line}")
     data = old["data"] | {"evaluation": new["data"].get("evaluation")}

@@ -81,7 +81,7 @@ OTHERS = [
     Config(teacher=ModelConfig("@student"), optimizer=OptimizerConfig(teacher_ema_decay=0.9)),
     Config(
         train=TrainConfig(num_epochs=3, early_stopping_patience=2),
-        evaluation=EvaluationConfig(every=10),
+        evaluation=EvaluationConfig(every=10, kind="both"),
     ),
     Config(data=DataConfig(date="2026-11-30")),
     Config(data=DataConfig(references="answers.jsonl")),

@@ -17,7 +17,7 @@ from opdjax.runs import metrics
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer, require_trackers
 from opdjax.runs.workdir import read_lines
 
-SHOWN = {"loss/objective": -0.12345, "kl/student_teacher": 0.5, "perf/tokens_per_second": 1234.5}
+SHOWN = {"loss/objective": -0.12345, "kl/k1": 0.5, "perf/tokens_per_second": 1234.5}
 
 
 class Clock:
