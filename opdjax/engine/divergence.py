@@ -16,8 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from opdjax.config import Config
 from opdjax.data.packing import answer_rows, for_teacher, to_train_batch
-from opdjax.data.prompts import PromptSet, collate
+from opdjax.data.prompt_rows import first_of_each, read_prompts
+from opdjax.data.prompts import PromptSet, collate, encode_prompts
+from opdjax.data.sources import ColumnMap
 from opdjax.engine.decoding import EVAL_STREAM, Decoding
 from opdjax.engine.sampler import sample
 from opdjax.engine.scorer import score
@@ -136,6 +139,29 @@ class DivergenceEvaluator:
         hidden = read(params, head, plain, config=self.student).hidden
         theirs = read(self.teacher_params, teacher_head, batch, config=self.teacher).hidden
         return to_host(_summed(hidden, head, theirs, teacher_head, batch, mesh=self.mesh))
+
+
+def make_divergence_evaluator(
+    config: Config,
+    models: tuple[DecoderConfig, DecoderConfig, Params],
+    tokenizers: tuple[Any, Any],
+    decodings: tuple[Decoding, Decoding],
+    mesh: Mesh,
+) -> DivergenceEvaluator:
+    """The evaluator of a config with its prompts. `models`: the student's and the teacher's
+    decoder, and the teacher's parameters; tokenizers and decodings are of student and teacher.
+    """
+    evaluation = config.evaluation
+    names = config.data.column_names | evaluation.column_names
+    columns = ColumnMap(**{name: names[name] for name in ("prompt", "benchmark") if name in names})
+    data = dataclasses.replace(config.data, source=evaluation.source, columns=(), references=None)
+    rows = read_prompts(data.source, columns, skips_bad_rows=data.skip_bad_rows)
+    prompts = encode_prompts(first_of_each(rows, evaluation.num_prompts), data, *tokenizers)
+    names = ("max_completion_length", "top_k", "top_p", "temperature")
+    own = {name: getattr(evaluation, name) for name in names}
+    how = [dataclasses.replace(decoding, **own) for decoding in decodings]
+    samples, slots = evaluation.num_samples, config.sampling.slots
+    return DivergenceEvaluator(*models, prompts, *how, samples, mesh, slots)
 
 
 def measure(

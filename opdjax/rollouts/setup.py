@@ -22,7 +22,7 @@ from opdjax.data.sources import ColumnMap
 from opdjax.data.stop_strings import find_stop_strings
 from opdjax.data.tokenizer import load_tokenizer
 from opdjax.engine.decoding import Decoding
-from opdjax.engine.divergence import DivergenceEvaluator
+from opdjax.engine.divergence import DivergenceEvaluator, make_divergence_evaluator
 from opdjax.engine.evaluate import Evaluator
 from opdjax.engine.scheduling import require_slots
 from opdjax.engine.update import TrainState, UpdateSpec, scored_temperature, spec_of
@@ -138,10 +138,13 @@ def prepare(config: Config, today: str | None = None) -> Setup:
     if config.estimator.reference_kl_coef:
         start = Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True)
         reference = load(start)
-    setup = Setup(
-        config, mesh, student, dtype, tokenizer, teacher, prompts, decoding, evaluator, reference
-    )
-    return dataclasses.replace(setup, divergence=_divergence_evaluator(setup))
+    divergence = None
+    if config.evaluation.measures:
+        models = student.config, teacher.checkpoint.config, teacher.params
+        tokenizers, how = (tokenizer, teacher_tokenizer), (decoding, teacher.decoding)
+        divergence = make_divergence_evaluator(config, models, tokenizers, how, mesh)
+    models = student, dtype, tokenizer, teacher
+    return Setup(config, mesh, *models, prompts, decoding, evaluator, reference, divergence)
 
 
 def as_recorded(config: Config, setup: Setup) -> Config:
@@ -332,24 +335,6 @@ def make_evaluator(
     decoding = decoding_of(student, tokenizer, config.sampling.stop_token_ids, **own)
     slots = config.sampling.slots
     return Evaluator(student.config, prompts, tokenizer, evaluation, decoding, mesh, slots)
-
-
-def _divergence_evaluator(setup: Setup) -> DivergenceEvaluator | None:
-    config, teacher, evaluation = setup.config, setup.teacher, setup.config.evaluation
-    if not evaluation.measures:
-        return None
-    names = config.data.column_names | evaluation.column_names
-    columns = ColumnMap(**{name: names[name] for name in names if name in ("prompt", "benchmark")})
-    data = dataclasses.replace(config.data, source=evaluation.source, columns=(), references=None)
-    rows = read_prompts(data.source, columns, skips_bad_rows=data.skip_bad_rows)
-    rows = first_of_each(rows, evaluation.num_prompts)
-    prompts = encode_prompts(rows, data, setup.tokenizer, teacher.tokenizer)
-    names = ("max_completion_length", "top_k", "top_p", "temperature")
-    own = {name: getattr(evaluation, name) for name in names}
-    how = [dataclasses.replace(each.decoding, **own) for each in (setup, teacher)]
-    models = setup.student.config, teacher.checkpoint.config, teacher.params
-    samples, slots = evaluation.num_samples, config.sampling.slots
-    return DivergenceEvaluator(*models, prompts, *how, samples, setup.mesh, slots)
 
 
 def student_view(data: DataConfig) -> DataConfig:
