@@ -358,9 +358,11 @@ def tokenizers(place):
 
 
 def templates(place):
+    import opdjax.data.templates
     from opdjax.data.chat import render
     from opdjax.data.tokenizer import load_tokenizer
 
+    opdjax.data.templates._SECONDS = 0.5
     tokenizer = load_tokenizer(STUDENT)
     options = {"format": "chat", "system_prompt": None, "enable_thinking": None}
 
@@ -544,7 +546,7 @@ def answers(place):
     from opdjax.data import isolated
     from opdjax.data.grading import grader_named
 
-    isolated._SECONDS_PER_CALL = 1.0
+    isolated._SECONDS_PER_CALL = 0.5
     for name, answer in ANSWERS.items():
         for grader in ("gsm8k", "last_number", "choice", "exact"):
             grade = grader_named(grader)
@@ -600,7 +602,8 @@ def addresses(place):
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name, path in PATHS.items():
         yield f"a model: {name}", "", lambda path=path: open_checkpoint(path)
-        yield f"a tokenizer: {name}", "", lambda path=path: load_tokenizer(path)
+        if not os.path.isdir(path):  # transformers, which reads other files, takes seconds
+            yield f"a tokenizer: {name}", "", lambda path=path: load_tokenizer(path)
         yield f"rows: {name}", "", lambda path=path: read_prompts(f"{path}.jsonl")
         yield f"a table: {name}", "", lambda path=path: read_prompts(f"parquet:{path}")
 

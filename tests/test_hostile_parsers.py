@@ -45,25 +45,28 @@ WORDS = st.sampled_from([*'{}[]",:\\`\n #$%^*/+-.|<>()=_ 0123456789eE', "\\boxed
 WORDS |= st.sampled_from(["answer is ", "(A)", "</think>", "```json\n", '{"answers": [', "1,234"])
 WORDS |= st.text(max_size=4)
 TEXTS = st.lists(WORDS, max_size=40).map("".join)
+pytestmark = pytest.mark.long
 FILES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
-def each(*strategies, count=200):
-    """Give these to a test, `count` times by default; 25 times as often in the long tests."""
+def each(*strategies, count=100):
+    """Give these to a test, `count` times and 50 times as often."""
 
     def decorate(test):
-        return pytest.mark.parametrize("often", [1, pytest.param(25, marks=pytest.mark.long)])(
-            lambda often, tmp_path: given_often(test, strategies, count * often, tmp_path)
-        )
+        @pytest.mark.parametrize("times", [1, 50])
+        def given_often(times, tmp_path):
+            options = {"deadline": None, "suppress_health_check": FILES, "database": None}
+
+            @settings(max_examples=count * times, derandomize=times == 1, **options)
+            @given(st.tuples(*strategies))
+            def attempt(values):
+                test(tmp_path, *values)
+
+            attempt()
+
+        return given_often
 
     return decorate
-
-
-def given_often(test, strategies, count, tmp_path):
-    options = {"deadline": None, "suppress_health_check": FILES, "database": None}
-    settings(max_examples=count, derandomize=True, **options)(
-        given(*strategies)(lambda *values: test(tmp_path, *values))
-    )()
 
 
 def dumped(value):
@@ -96,7 +99,7 @@ def test_errors_are_short(tmp_path, text):
     assert len(str(BoundedError(text))) <= 2003
 
 
-@each(TEXTS | VALUES.map(dumped), st.lists(VALUES, max_size=3), count=300)
+@each(TEXTS | VALUES.map(dumped), st.lists(VALUES, max_size=3), count=150)
 def test_replies_of_judges(tmp_path, text, values):
     lists = [dumped({name: values}) for name in ("answers", "criteria", "reflection")]
     for reply in (text, *lists, f"so:\n{lists[0]}\n", f"```json\n{lists[1]}\n```"):
@@ -148,7 +151,7 @@ def test_texts_in_prompts(tmp_path, texts, question):
     assert len(shown_answer(question, False, 10)) <= 70
 
 
-@each(TEXTS, st.sampled_from(["42", "A", "1/2", "x"]), count=300)
+@each(TEXTS, st.sampled_from(["42", "A", "1/2", "x"]), count=150)
 def test_answers_to_grade(tmp_path, text, answer):
     for grader in ("gsm8k", "last_number", "choice", "exact"):
         assert grader_named(grader)(text, answer) in (True, False)
@@ -171,7 +174,7 @@ FIELDS += [(name,) for name in ("head_dim", "layer_types", "sliding_window", "ro
 NUMBERS = st.sampled_from([0, -1, 1, 2, 10**9, 1e308, 1e-308, math.inf, math.nan, 10**400, "yarn"])
 
 
-@each(st.lists(st.tuples(st.sampled_from(FIELDS), VALUES | NUMBERS), max_size=3), count=400)
+@each(st.lists(st.tuples(st.sampled_from(FIELDS), VALUES | NUMBERS), max_size=3), count=200)
 def test_configs(tmp_path, changes):
     raw = CONFIG
     for path, value in changes:
