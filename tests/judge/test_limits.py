@@ -148,7 +148,9 @@ def test_all_who_wait_hear_of_a_failed_probe():
             )
 
     before, found, after = run(scenario())
-    assert before == 4  # the three and one probe, whatever attempts each had left
+    # The three and one probe, and on a slow machine a second attempt before the third failed: not
+    # the fifteen attempts that they had.
+    assert 4 <= before <= 6
     assert type(found) is ApiUnavailableError
     assert after == before + 1
 
