@@ -198,6 +198,7 @@ def _run(
     copy_weights = lambda: weights_of(state.params)
 
     def save(step: int, scores: dict[str, float] | None = None) -> None:
+        is_stop_requested(step, is_saving=True)
         on_process_zero(mirror.upload)  # first: a checkpoint implies all logs before it
         checkpointer.save(step, state, scores)
 
@@ -288,7 +289,6 @@ def _run(
             source.commit(done, timer)
             save(done, scores)
         if is_stopped:
-            checkpointer.wait()
             raise _stopped(done, checkpointer, mirror)
         if is_last:
             break
@@ -305,6 +305,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _stopped(done: int, checkpointer: Checkpointer, mirror: WorkdirMirror) -> InterruptedRunError:
+    checkpointer.wait()
     latest = checkpointer.latest_step
     kept = f"step {latest} is saved" if latest else "nothing is saved yet"
     return InterruptedRunError(
