@@ -206,6 +206,7 @@ def _run(
     copy_weights = lambda: weights_of(state.params)
 
     def save(step: int, scores: dict[str, float] | None = None) -> None:
+        is_stop_requested(step, is_saving=True)
         logs = on_process_zero(lambda: counter.until(step))
         on_process_zero(mirror.upload)  # first: a checkpoint implies all logs before it
         checkpointer.save(step, state, scores, logs)
@@ -297,7 +298,6 @@ def _run(
             source.commit(done, timer)
             save(done, scores)
         if is_stopped:
-            checkpointer.wait()
             raise _stopped(done, checkpointer, mirror)
         if is_last:
             break
@@ -342,6 +342,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _stopped(done: int, checkpointer: Checkpointer, mirror: WorkdirMirror) -> InterruptedRunError:
+    checkpointer.wait()
     latest = checkpointer.latest_step
     kept = f"step {latest} is saved" if latest else "nothing is saved yet"
     return InterruptedRunError(

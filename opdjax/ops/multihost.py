@@ -113,18 +113,21 @@ def agreed(value: bool) -> bool:
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Yields `is_requested(step)`: whether a process of the run received SIGTERM or Ctrl-C. All
     processes get the same answer at the same step. A second Ctrl-C ends the process at once, and so
-    does SIGTERM if a run of one process does not ask within $OPDJAX_STOP_SECONDS: the sender may
-    kill it soon, and what is saved continues in the same way.
+    does SIGTERM if a run of one process does not save within $OPDJAX_STOP_SECONDS: the sender may
+    kill it soon, and what is saved continues in the same way. `is_requested(step, is_saving=True)`
+    says that the run saves now, which may take longer.
     """
     is_alone = jax.process_count() == 1
     received: list[int] = []
-    is_seen = threading.Event()
+    is_asked, is_seen = threading.Event(), threading.Event()
 
-    def is_requested(step: int) -> bool:
+    def is_requested(step: int, *, is_saving: bool = False) -> bool:
         if not is_alone:
-            return multihost_utils.reached_preemption_sync_point(step)
-        if received:
+            return not is_saving and multihost_utils.reached_preemption_sync_point(step)
+        if received and is_saving and is_asked.is_set():
             is_seen.set()
+        if received:
+            is_asked.set()
         return bool(received)
 
     if threading.current_thread() is not threading.main_thread():  # python allows no handler there
@@ -176,7 +179,7 @@ def _watch(reader: int, handled: set[int], received: list[int], is_seen: threadi
 
 
 def _end_unless(is_seen: threading.Event) -> None:
-    """End the process if the run does not see the request to stop in time."""
+    """End the process if the run neither saves nor ends in time."""
     seconds = float(os.environ.get("OPDJAX_STOP_SECONDS", 8))
     if not is_seen.wait(seconds):
         text = (
