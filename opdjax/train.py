@@ -191,13 +191,10 @@ def _run(
     examine, behavior_kl = make_examine(spec, _NUM_ALTERNATIVES), make_behavior_kl(spec)
     checkpointer, state = _open_checkpoints(config, mirror, state)
     resources.callback(checkpointer.close)
-    latest = checkpointer.latest_step
-    first = latest or config.train.first_step
-    if first and not latest:
-        state = take_over(setup, workdir, state)
-    if latest:
-        on_process_zero(lambda: check_logs(workdir, latest, checkpointer.logs(latest)))
-    on_process_zero(lambda: _truncate_logs(setup, workdir, first))
+    first = (latest := checkpointer.latest_step) or config.train.first_step
+    state = take_over(setup, workdir, state) if first and not latest else state
+    before = checkpointer.logs(latest)
+    on_process_zero(lambda: _truncate_logs(setup, workdir, first, before))
     counter = RowCounter(workdir)
     writer = on_process_zero(lambda: MetricWriter(workdir, last_step=first, config=config))
     if writer is not None:
@@ -207,8 +204,7 @@ def _run(
 
     def save(step: int, scores: dict[str, float] | None = None) -> None:
         is_stop_requested(step, is_saving=True)
-        logs = on_process_zero(lambda: counter.until(step))
-        on_process_zero(mirror.upload)  # first: a checkpoint implies all logs before it
+        logs = on_process_zero(partial(_upload_logs, counter, mirror, step))
         checkpointer.save(step, state, scores, logs)
 
     def unfiltered_kl(step: int) -> dict[str, float]:
@@ -390,12 +386,20 @@ def _nonfinite_message(
     )
 
 
-def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int) -> None:
-    """Drop log rows written after the checkpoint we resume from. WorkdirError, before anything is
-    dropped, if the checkpoint is missing.
+def _upload_logs(counter: RowCounter, mirror: WorkdirMirror, step: int) -> dict[str, Any]:
+    """Upload all files, which a checkpoint of this step implies; returns the rows before it."""
+    rows = counter.until(step)
+    mirror.upload()
+    return rows
+
+
+def _truncate_logs(setup: Setup, workdir: pathlib.Path, step: int, before: dict[str, Any]) -> None:
+    """Drop log rows written after the checkpoint we resume from, which has those `before` it.
+    WorkdirError, before anything is dropped, if the checkpoint is missing.
     """
     if step:
         print(f"continuing from step {step} of {setup.config.train.num_steps}")
+    check_logs(workdir, step, before)
     logs = {name: read_lines(workdir / name) for name in LOGS}
     reached = max([row["step"] for row in logs["metrics.jsonl"]], default=0)
     # A run may be killed while it saves its first checkpoint, after a streak of skipped steps.

@@ -115,9 +115,9 @@ class Checkpointer:
             custom_metadata={_RECORD: record, "crc32": _crc32(record)},
         )
 
-    def logs(self, step: int) -> dict[str, Any]:
-        """The `logs` that were saved with a step; empty if none were."""
-        return self._read(step, self._record).get("logs") or {}
+    def logs(self, step: int | None) -> dict[str, Any]:
+        """The `logs` that were saved with a step; empty if none were, or there is no step."""
+        return (self._read(step, self._record).get("logs") or {}) if step else {}
 
     def restore(
         self, step: int, like: Any, on_all: Callable[[Callable[[], Any]], Any] = lambda read: read()

@@ -73,9 +73,8 @@ def test_points_run_and_a_failure_is_kept_with_its_reason(swept):
     failure = json.loads((directory / "student.path=nowhere" / "failure.json").read_text())
     assert failure["returncode"] == 2
     assert "'no/such/model/here' is neither a directory nor a hub id" in failure["log_tail"][-1]
-    assert any(
-        line.startswith("FAILED student.path=nowhere: opdjax: CheckpointError") for line in logged
-    )
+    reason = "FAILED student.path=nowhere: opdjax: 'no/such/model/here'"
+    assert any(line.startswith(reason) for line in logged)
     assert any(line.startswith("done   seed=0  avg@2 ") for line in logged)
     assert {p.id: p.status for p in read_points(directory)} == {
         "seed=0": "done",
