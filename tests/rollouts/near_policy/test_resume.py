@@ -184,7 +184,7 @@ def test_damaged_annotations_of_an_epoch_are_made_again(halfway_refreshed, refre
             "samples-00000004.* is truncated.*weights of 2 updates.* are gone",
             marks=pytest.mark.long,
         ),
-        (ANEW, 3, 1, corrupt, "samples-00000001.* is corrupted"),
+        (ANEW, 3, 1, corrupt, "samples-00000001.* is truncated or corrupted"),
         pytest.param(
             AHEAD,
             3,
