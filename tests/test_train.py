@@ -433,7 +433,7 @@ def test_a_run_stops_when_its_score_no_longer_rises(tmp_path, monkeypatch, capsy
     result = train(config, tmp_path / "run")
     assert (result["num_steps"], result["eval_after"]["avg@k"]) == (3, 0.75)
     assert column(tmp_path / "run", "step") == [1, 2, 3]
-    message = "stopped after step 3: 2 evaluations without a better avg@k; opdjax export "
+    message = "stopped after step 3: 2 evaluations without a better score; opdjax export "
     assert f"{message}{tmp_path / 'run'} --step best" in capsys.readouterr().out
     export_step(tmp_path / "run", "best", tmp_path / "best", None)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -136,7 +137,13 @@ class ApiConfig(Section):
 
 def require_address(field: str, url: str) -> None:
     """ConfigError unless the URL is empty or an address of a server."""
-    is_address = url.startswith(("http://", "https://")) or not url
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:  # of brackets, or of a port that is no number
+        parts, host = urlsplit(""), ""
+    is_plain = re.fullmatch(r"[!-~]+", url) and re.fullmatch(r"[\w.:-]{1,253}", host)
+    is_address = not url or (is_plain and parts.scheme in ("http", "https"))
     require(is_address, field, url, "an address that starts with http:// or https://")
 
 

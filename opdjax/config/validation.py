@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 _MAX_INT = 2**31 - 1  # the largest integer of jax's default type
+_SHOWN_CHARS = 300  # of a wrong value
 # Ranges of values, by the words of an error message.
 _RANGES: Mapping[str, Callable[[Any], bool]] = {
     "less than 0": lambda x: x < 0,
@@ -52,7 +53,9 @@ hints_of = functools.cache(functools.partial(typing.get_type_hints, include_extr
 def require(is_met: bool, field: str, value: Any, expected: str) -> None:
     """Raise a ConfigError with the field, its value and what was expected, unless `is_met`."""
     if not is_met:
-        raise ConfigError(f"{field} is {value!r}; expected {expected}")
+        shown = repr(value)
+        shown = shown if len(shown) <= _SHOWN_CHARS else f"{shown[:_SHOWN_CHARS]} …"
+        raise ConfigError(f"{field} is {shown}; expected {expected}")
 
 
 @typing.dataclass_transform(frozen_default=True)

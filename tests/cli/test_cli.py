@@ -12,10 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
-from opdjax.cli.grade_samples import grade_sample
 
 from opdjax.cli import main
 from opdjax.cli.parsing import load_experiment
@@ -26,12 +24,10 @@ from opdjax.config import (
     PACKAGE,
     Config,
     EstimatorConfig,
-    EvaluationConfig,
 )
 from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import ConfigError, MissingExtraError, to_dict
 from opdjax.data.references import ReferenceMissError
-from opdjax.data.tasks.arithmetic import problems
 from opdjax.runs.lease import LeaseLostError
 
 EXPERIMENT = """
@@ -225,15 +221,6 @@ def test_a_grader_that_comes_with_a_checkpoint_is_not_run(opdjax, tmp_path, monk
     assert f"note: its grader {grader} is dropped: give it with --evaluation.grader {grader}" in err
     opdjax("evaluate", exported, "--evaluation.grader", grader)
     assert asked == ["auto", grader]
-
-
-def test_a_grader_that_a_run_names_as_a_file_is_not_run_by_a_report(tmp_path):
-    (tmp_path / "mine.py").write_text("raise SystemExit(3)")
-    problem, grader = problems("train")[0], f"{tmp_path / 'mine.py'}:grade"
-    row = {"prompt": problem.prompt, "completion": f"#### {problem.answer}"}
-    for name, found in (("last_number", True), (grader, None)):
-        config = to_dict(Config(evaluation=EvaluationConfig(grader=name)))
-        assert grade_sample(SimpleNamespace(config=config), row) == (found, problem.answer)
 
 
 def test_help_of_an_argument_is_a_whole_sentence():

@@ -13,7 +13,6 @@ from opdjax.config import (
     EstimatorConfig,
     EvaluationConfig,
     MeshConfig,
-    ModelConfig,
     SamplingConfig,
     TrainConfig,
 )
@@ -297,32 +296,6 @@ def test_facts_do_not_leak_into_the_config(tmp_path):
     )
     assert read_config(tmp_path) == config
     assert json.loads((tmp_path / "config.json").read_text())["environment"] == FACTS["environment"]
-
-
-def test_a_directory_that_names_the_built_in_models_by_where_they_once_lay_is_continued(tmp_path):
-    claim(tmp_path, Config(), FACTS)
-    file = tmp_path / "config.json"
-    for role in ("student", "teacher"):
-        file.write_text(
-            file.read_text().replace(
-                f'"@mini_{role}"', f'"/home/old/opdjax/assets/mini_pair/{role}"'
-            )
-        )
-    assert "@mini" not in file.read_text()
-    before = file.read_bytes()
-    claim(tmp_path, Config(), FACTS)
-    assert file.read_bytes() == before
-    assert read_config(tmp_path) == Config()
-    # Such a config, run again by itself, is the same run too; another directory of that name is
-    # another model.
-    old = from_dict(Config, json.loads(before)["config"])
-    claim(tmp_path, old, FACTS)
-    with pytest.raises(
-        WorkdirError, match=r"config.student.path: '@mini_student' -> '/x/mini_pair/student'"
-    ):
-        claim(
-            tmp_path, dataclasses.replace(old, student=ModelConfig("/x/mini_pair/student")), FACTS
-        )
 
 
 @pytest.mark.parametrize("section", ["train", "sampling", "student"])
