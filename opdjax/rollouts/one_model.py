@@ -163,13 +163,13 @@ def scores_of(config: Config) -> dict[str, Any]:
 def describe(model: str) -> dict[str, Any]:
     """Facts about a checkpoint, after reading all of it. CheckpointError if it is damaged."""
     checkpoint = open_checkpoint(model)
-    files = check_files((checkpoint.adapter or checkpoint).path)
+    # Digests come last: a reader's error says more than that a file has changed.
     load_params(checkpoint, "bfloat16" if checkpoint.stored_dtype == "bfloat16" else "float32")
     tokenizer = load_tokenizer(checkpoint.path)
     fields = dataclasses.asdict(checkpoint.config)
     return {
         "path": str(checkpoint.path),
-        "files": files,
+        "files": check_files((checkpoint.adapter or checkpoint).path),
         "architecture": checkpoint.raw_config["architectures"][0],
         "parameters": num_parameters(checkpoint.config),
         "stored dtype": checkpoint.stored_dtype,

@@ -232,7 +232,7 @@ DATA = {
     "a table of another kind": (
         "DataError",
         lambda p: p.train("--data.source", "x.xlsx"),
-        "'x.xlsx' is not known; expected arithmetic:SPLIT, a .jsonl, .json, .csv or .parquet file",
+        "'x.xlsx' is not known; expected arithmetic:SPLIT, instructions:SPLIT, a .jsonl, .json, ",
     ),
     "an empty file": (
         "DataError",

@@ -43,7 +43,7 @@ def test_two_processes_stop_together_and_continue_from_the_bucket_alone(gcs, pai
     processes[1].send_signal(signal.SIGTERM)
     statuses, printed = finish(processes, files)
     assert statuses == [143, 143], printed
-    advice = f"as asked by a signal; the same command continues {URL}"
+    advice = f"as asked by a signal; step .*, and the same command continues {URL}"
     (done,) = {re.search(rf"stopped after step (\d), {advice}", text)[1] for text in printed}
     prefix = f"checkpoints/{done}/default/ocdbt"
     parts = {name.split("/")[3] for name in Folder(URL).files() if name.startswith(prefix)}
