@@ -27,7 +27,7 @@ from opdjax.engine.scorer import score
 from opdjax.estimators.diagnostics import entropy
 from opdjax.estimators.divergence import forward_kl, jsd, reverse_kl
 from opdjax.models.decoder import DecoderConfig, Params, head_of
-from opdjax.ops.multihost import agreed, on_process_zero
+from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
 from opdjax.ops.sharding import is_process_zero, num_row_shards, shard_rows, to_host
 from opdjax.ops.tile import Head, VocabTile
 from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
@@ -187,8 +187,11 @@ def measure(
                 f"student's answers, KL(teacher || student) {given['forward_kl']:.3f} on the "
                 f"teacher's, same most likely token {own['agreement']:.1%}"
             )
-    by_writer = {writer: found[step][writer] for writer in ("student", "teacher")}
-    return {f"{w}/{name}": by_writer[w][name] for w in by_writer for name in MEASURES}
+    names = [(writer, name) for writer in ("student", "teacher") for name in MEASURES]
+    means = lambda: np.array([found[step][writer][name] for writer, name in names])
+    # A row of an earlier call is in the file of process zero alone.
+    found_means = from_process_zero(means, np.zeros(len(names))).tolist()
+    return {f"{writer}/{name}": mean for (writer, name), mean in zip(names, found_means)}
 
 
 @partial(jax.jit, static_argnames="mesh")

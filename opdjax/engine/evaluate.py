@@ -131,7 +131,9 @@ def evaluate(
         if temperature == config.temperature and is_process_zero():
             line = "  ".join(f"{score_label(name, row['k'])} {row[name]:.3f}" for name in _SCORES)
             print(f"evaluation at step {step}: {line}")
-    return {name: found[step, config.temperature][name] for name in _SCORES}
+    # A row of an earlier call is in the file of process zero alone.
+    scores = lambda: np.array([found[step, config.temperature][name] for name in _SCORES])
+    return dict(zip(_SCORES, from_process_zero(scores, np.zeros(len(_SCORES))).tolist()))
 
 
 def _shown(prompt: Prompt, text: str, is_right: int) -> dict[str, Any]:
