@@ -193,8 +193,7 @@ def _run(
     resources.callback(checkpointer.close)
     first = (latest := checkpointer.latest_step) or config.train.first_step
     state = take_over(setup, workdir, state) if first and not latest else state
-    before = checkpointer.logs(latest)
-    on_process_zero(lambda: _truncate_logs(setup, workdir, first, before))
+    on_process_zero(lambda: _truncate_logs(setup, workdir, first, checkpointer.logs(latest)))
     counter = RowCounter(workdir)
     writer = on_process_zero(lambda: MetricWriter(workdir, last_step=first, config=config))
     if writer is not None:

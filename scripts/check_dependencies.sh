@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Lists the licences of the tested versions, and their known vulnerabilities by pip-audit. It says what it could not check.
-# usage: scripts/check_dependencies.sh [FILE]   (default: requirements/test.txt; the licences are read from .venv)
+# usage: scripts/check_dependencies.sh [FILE]   (default: scripts/tested_versions.txt; the licences are read from .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-file=${1:-requirements/test.txt}
+file=${1:-scripts/tested_versions.txt}
 
 .venv/bin/python - "$file" <<'PYTHON'
 import collections, importlib.metadata, re, sys

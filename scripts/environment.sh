@@ -18,7 +18,7 @@ sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
 }
 
 # LOCKED=1 installs the versions that the tests last passed with, not the newest ones.
-constraint="${LOCKED:+requirements/test.txt}"
+constraint="${LOCKED:+scripts/tested_versions.txt}"
 stamp=".venv/.installed-${extra:-core}${LOCKED:+-locked}"
 if [ ! -x .venv/bin/python ]; then
     python=$(find_python) || exit 1

@@ -222,7 +222,7 @@ def audit_batch_pitfalls(states: States, progress: Progress = iter) -> Part:
     add = jax.jit(PITFALLS["bfloat16_sums"].add)
     losses, errors = states.kl[states.mask], {}
     error = lambda x: float(add(jnp.asarray(x))) / float(x.sum(dtype=np.float64)) - 1
-    for count in _SUM_LENGTHS:  # the mean relative error of the sum of so many random losses
+    for count in _SUM_LENGTHS:  # mean relative error of a sum of `count` random losses
         draw = partial(np.random.default_rng(0).choice, losses, count)
         errors[str(count)] = statistics.fmean(error(draw()) for _ in range(_SUM_DRAWS))
     return rows | {"bfloat16_sums": {"error_by_tokens": errors}}
