@@ -42,6 +42,7 @@ from opdjax.runs.workdir import append_lines, read_lines
 
 # Of the process that is struck: done, a stop in one line, a lost lease, signals.
 ALLOWED = (0, 2, 75, 130, 143, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
+PEER_LOST = -signal.SIGABRT  # jax ends a process whose peer has vanished
 ANSWER = 10.0  # seconds in which SIGTERM is to be answered
 
 
@@ -130,7 +131,8 @@ class Trial:
             return statuses, f"SIGTERM is answered after {self.answered:.1f} s"
         if scene == "takeover" and struck() and statuses[role] == 0:
             return statuses, "a run whose lease was taken over ends as if it had it"
-        if wrong := {role: status for role, status in statuses.items() if status not in ALLOWED}:
+        allowed = (*ALLOWED, PEER_LOST) if "other" in statuses else ALLOWED
+        if wrong := {role: status for role, status in statuses.items() if status not in allowed}:
             return statuses, f"ends with {wrong}: {last_line(said)}"
         if 2 in statuses.values() and "opdjax: " not in said:
             return statuses, f"ends with 2 and does not say why: {last_line(said)}"
