@@ -729,7 +729,7 @@ CHECKPOINTS = {
     "a special token that is a number": (
         "TokenizerError",
         student(lambda p: p.model("tokenizer_config.json", eos_token=3)),
-        "eos_token is 3, expected the text of a token",
+        "eos_token is 3, expected a text",
         "expected tokenizer.json",
     ),
     "a broken chat template": (

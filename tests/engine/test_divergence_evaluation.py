@@ -100,6 +100,7 @@ def test_the_teacher_itself_is_at_distance_zero():
     assert result["student"] == result["teacher"]
 
 
+@pytest.mark.long
 def test_a_mesh_changes_nothing():
     student, teacher = make_models(np.float32)
     one, four = (make_evaluator(teacher, devices=devices)(student) for devices in (1, 4))
@@ -110,6 +111,7 @@ def test_a_mesh_changes_nothing():
         assert same(one) == pytest.approx(same(four), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.long
 def test_what_is_drawn_depends_on_the_student_alone():
     student, teacher = make_models(np.float32)
     first = make_evaluator(teacher)(student)

@@ -210,8 +210,11 @@ def pieces():
         yield from (form[n : n + 16] for n in range(4, len(form) - 20))
 
 
-@pytest.mark.parametrize("form", encodings())
-@pytest.mark.parametrize("kind", ["reply", "refusal", "no reply"])
+@pytest.mark.parametrize("form", list(encodings()))
+@pytest.mark.parametrize(
+    "kind",
+    ["reply", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("refusal", "no reply"))],
+)
 def test_a_key_in_any_form_reaches_neither_message_nor_cache(form, kind, monkeypatch, tmp_path):
     content = {
         "reply": said(completion(f"the key is {form}, you see")),

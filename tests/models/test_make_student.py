@@ -1,11 +1,12 @@
 """Students made from a teacher: layers dropped, kernels rounded or noisy, nothing else changed."""
 
-import subprocess
+import contextlib
 import sys
 
 import numpy as np
 import pytest
 
+from opdjax.cli import main
 from opdjax.models.hf import CheckpointError, load_params, open_checkpoint
 from opdjax.models.make_student import make_student
 
@@ -72,13 +73,15 @@ def test_noise_has_the_size_that_was_asked_for(tmp_path, teacher):
             assert np.std(layer - wanted) == pytest.approx(0.1 * wanted.std(), rel=0.1)
 
 
-def test_the_command_makes_one(tmp_path):
+def test_the_command_makes_one(tmp_path, monkeypatch, capsys):
     words = ["@mini_teacher", tmp_path / "student", "--keep-layers", "0-1,2", "--bits", "4"]
-    run = lambda *more: subprocess.run(
-        [sys.executable, "-m", "opdjax", "make-student", *map(str, words), *more],
-        capture_output=True,
-        text=True,
-    )
-    assert "wrote" in run().stdout
-    assert "is '1,x'; expected numbers" in run("--keep-layers", "1,x").stderr
-    assert "--bits is 1" in run("--bits", "1").stderr
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["opdjax", "make-student", *map(str, words), *more])
+        with contextlib.suppress(SystemExit):
+            main.main()
+        return "".join(capsys.readouterr())
+
+    assert "wrote" in run()
+    assert "is '1,x'; expected numbers" in run("--keep-layers", "1,x")
+    assert "--bits is 1" in run("--bits", "1")

@@ -54,6 +54,7 @@ def continued(workdir_before, pair, mesh, workdir):
     return workdir
 
 
+@pytest.mark.long
 def test_a_run_on_eight_devices_continues_on_one(split, alone, pair, tmp_path):
     assert_close_run(continued(split, pair, MeshConfig(1), tmp_path / "run"), alone)
 
