@@ -50,6 +50,7 @@ def qwen3(
 MODELS = {
     "3.4M": qwen3(256, 4, 8, 4, 32, 768, 4096),
     "5M": qwen3(256, 6, 8, 4, 32, 768, 4096),
+    "1.7B": qwen3(2048, 28, 16, 8, 128, 6144, 151_936),  # of a checkpoint that is measured
 }
 
 
