@@ -31,15 +31,12 @@ from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
 from opdjax.ops.sharding import is_process_zero, num_row_shards, shard_rows, to_host
 from opdjax.ops.tile import Head, VocabTile
 from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
+from opdjax.runs.results import DIVERGENCES
 from opdjax.runs.statistics import clustered_ratio
 from opdjax.runs.workdir import append_lines, read_lines
 from opdjax.types import PromptBatch, Rollouts, TrainBatch
 
 LOG = "divergence.jsonl"
-MEASURES = (
-    *("reverse_kl", "forward_kl", "jsd", "agreement"),
-    *("student_entropy", "teacher_entropy", "length"),
-)
 _SEED = 0  # runs draw with the same random numbers, so that they can be compared
 _ROWS = 64  # rows whose hidden states exist at a time
 _SLOTS = 128  # rows decoded at a time, unless sampling.slots says less
@@ -187,7 +184,7 @@ def measure(
                 f"student's answers, KL(teacher || student) {given['forward_kl']:.3f} on the "
                 f"teacher's, same most likely token {own['agreement']:.1%}"
             )
-    names = [(writer, name) for writer in ("student", "teacher") for name in MEASURES]
+    names = [(writer, name) for writer in ("student", "teacher") for name in DIVERGENCES]
     means = lambda: np.array([found[step][writer][name] for writer, name in names])
     # A row of an earlier call is in the file of process zero alone.
     found_means = from_process_zero(means, np.zeros(len(names))).tolist()

@@ -393,7 +393,8 @@ def result_table(result: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-_DIVERGENCES = {
+# What engine/divergence.py measures, and the heads of its columns.
+DIVERGENCES = {
     "reverse_kl": "KL(S || T)",
     "forward_kl": "KL(T || S)",
     "jsd": "JSD",
@@ -406,13 +407,11 @@ _DIVERGENCES = {
 
 def _divergence_table(result: dict[str, Any]) -> str:
     before, after = result["divergence_before"], result["divergence_after"]
-    lines = [f"{'':32}" + "".join(f"{name:>16}" for name in _DIVERGENCES.values())]
+    lines = [f"{'':32}" + "".join(f"{name:>16}" for name in DIVERGENCES.values())]
     for writer in ("student", "teacher"):
         for moment, row in (("before", before), ("after", after)):
             found = row[writer]
-            cells = (
-                f"{found[name]:.3f} ± {found[name + '_interval']:.3f}" for name in _DIVERGENCES
-            )
+            cells = (f"{found[name]:.3f} ± {found[name + '_interval']:.3f}" for name in DIVERGENCES)
             title = f"{moment}, on the {writer}'s answers"
             lines.append(f"{title:32}" + "".join(f"{cell:>16}" for cell in cells))
     lines.append(
