@@ -6,7 +6,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
@@ -40,7 +40,8 @@ def sample(arguments: list[str]) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     """MODEL [--evaluation.field VALUE …]: print the mean score of sampled answers."""
-    reads = {DataConfig: (*_VIEW, "columns", "skip_bad_rows")}
+    graded = [f.name for f in fields(EvaluationConfig) if f.name not in ("kind", "every")]
+    reads = {DataConfig: (*_VIEW, "columns", "skip_bad_rows"), EvaluationConfig: graded}
     names = ("data", "evaluation", "dtype")
     _call_as_its_run(_print_scores, arguments, "evaluate", reads, names)
 
