@@ -347,6 +347,7 @@ def three_prompts(directory):
     return str(rows)
 
 
+@pytest.mark.long
 def test_a_recipe_reads_the_teachers_top_k_in_packed_micro_batches(packed):
     """Nothing is stored: its metrics, and it trains."""
     for row in read_lines(packed / "metrics.jsonl"):
@@ -410,6 +411,7 @@ def scripted_scores(monkeypatch, scores):
     monkeypatch.setattr(Evaluator, "__call__", scored)
 
 
+@pytest.mark.long
 def test_a_run_stops_when_its_score_no_longer_rises(tmp_path, monkeypatch, capsys):
     """Best at step 1; then two evaluations that are worse or only equal it: it ends after step 3,
     also if it is interrupted before its result is written. An optimizer with a partitioned state.

@@ -64,6 +64,7 @@ def on_day(monkeypatch):
     time.tzset()
 
 
+@pytest.mark.long
 def test_a_run_keeps_the_day_on_which_it_began(clocked, on_day, tmp_path, monkeypatch):
     """Prompts are made, and the directory is claimed, before the first step: none is trained."""
     result = {"student": "student"}
