@@ -36,7 +36,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(tmp_path):
     ],
 )
 def test_every_kind_of_run_survives(modes, faults, tmp_path):
-    status, rows = study(tmp_path / "chaos", 8, modes, faults)
+    status, rows = study(tmp_path / "chaos", 4, modes, faults)
     assert status == 0, [row for row in rows if row["outcome"] == "VIOLATION"]
 
 
