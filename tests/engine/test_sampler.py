@@ -1009,6 +1009,7 @@ def short_rings(monkeypatch):
     assert scheduling.ring_sizes(LENGTH) == [4, 8, LENGTH]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("slots", [pytest.param(None, marks=pytest.mark.long), 5])
 @pytest.mark.usefixtures("short_rings")
 def test_a_ring_that_grows_changes_nothing(generate, mixed, rollouts, slots):

@@ -443,6 +443,7 @@ def drawn(batch):
     return dataclasses.replace(batch, tokens=batch.tokens % 9, behavior_logprobs=behavior)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "estimator",
     [*(pytest.param(r, marks=pytest.mark.long) for r in (RECIPES[0], RECIPES[2])), IMPORTANCE],

@@ -116,6 +116,7 @@ def test_all_points_of_a_sweep_have_the_day_on_which_it_began(clocked, on_day, t
     assert setup.config.data.date == day
 
 
+@pytest.mark.long
 def test_references_of_one_file_are_of_one_day(clocked, on_day, tmp_path):
     file = tmp_path / "answers.jsonl"
     data = {"source": "arithmetic:train[:4]", "references": str(file)}

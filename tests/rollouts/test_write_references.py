@@ -286,6 +286,7 @@ def test_a_teacher_of_another_vocabulary_writes_text(tmp_path):
 # Runs
 
 
+@pytest.mark.long
 def test_a_run_learns_from_the_index(straight, tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(straight[0].read_bytes())

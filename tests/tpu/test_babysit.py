@@ -172,6 +172,7 @@ def test_a_crash_counts_once_though_the_next_start_fails(tmp_path):
     assert cloud.steps == 30
 
 
+@pytest.mark.long
 # A bug, and a mistake of the user.
 @pytest.mark.parametrize("status", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_it_gives_up_on_a_run_that_is_wrong(tmp_path, status):
