@@ -9,7 +9,7 @@ from typing import Any
 from opdjax.config.saved import upgrade
 from opdjax.report import measures
 from opdjax.runs.results import AXES, Run, is_number
-from opdjax.runs.statistics import seed_interval
+from opdjax.runs.statistics import paired_ratios, seed_interval
 
 _HITS = {"avg@k": "per_prompt", "greedy": "per_prompt_greedy"}
 
@@ -21,7 +21,8 @@ def against_facts(run: Run, other: Run, names: tuple[str, str]) -> dict[str, Any
     is_paired = digests[0] == digests[1]
     unfinished = [each.workdir.name for each in runs if each.result is None]
     notices = [f"{name} is not finished: it has no final scores." for name in unfinished]
-    if without := [each.workdir.name for each in runs if each.data.get("evaluation") is None]:
+    was_evaluated = lambda each: each.data.get("evaluation") is not None or each.divergences
+    if without := [each.workdir.name for each in runs if not was_evaluated(each)]:
         names_ = " and ".join(without)
         notices.append(f"{names_} had no evaluation: there are no scores to compare.")
     elif not is_paired:
@@ -36,7 +37,7 @@ def against_facts(run: Run, other: Run, names: tuple[str, str]) -> dict[str, Any
         "names": names,
         "seeds": [each.config["seed"] for each in runs],
         "notices": notices,
-        "scores": _scores(runs, is_paired=is_paired),
+        "scores": _scores(runs, is_paired=is_paired) | _divergences(runs, is_paired=is_paired),
         "costs": {axis: each for axis, each in spent.items() if all(map(is_number, each))},
         "differences": {part: differing(each) for part, each in parts.items()},  # by field
     }
@@ -71,4 +72,20 @@ def _scores(runs: Sequence[Run], *, is_paired: bool) -> dict[str, list[tuple[Any
                 values.append(seed_interval([(a - b) / trials for a, b in zip(one, two)]))
             if any(is_number(value) for value, _ in values):
                 found[f"{name} {moment} training"] = values
+    return found
+
+
+def _divergences(runs: Sequence[Run], *, is_paired: bool) -> dict[str, list[tuple[Any, ...]]]:
+    """As `_scores`: KL(student || teacher) on held-out prompts, on the answers of each writer."""
+    found = {}
+    sources = {each.config["evaluation"]["source"] for each in runs}
+    for moment in ("before", "after"):
+        rows = [(each.result or {}).get(f"divergence_{moment}", {}) for each in runs]
+        asked = [[row.get(name) for name in ("temperature", "num_prompts", "n")] for row in rows]
+        for writer in ("student", "teacher") if any(rows) else ():
+            both = [row.get(writer, {}) for row in rows]
+            values = [(row.get("reverse_kl"), row.get("reverse_kl_interval")) for row in both]
+            if is_paired and asked[0] == asked[1] and len(sources) == 1:
+                values.append(paired_ratios(*(row["per_prompt"] for row in both)))
+            found[f"KL(S || T) {moment} training, {writer}'s answers"] = values
     return found

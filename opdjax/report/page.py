@@ -18,7 +18,7 @@ from opdjax.report.render import exported, facts_as_json, render
 from opdjax.report.run import run_facts
 from opdjax.report.sweep import sweep_facts
 from opdjax.runs import statistics
-from opdjax.runs.results import FAILURE, is_sweep, read_points, read_run
+from opdjax.runs.results import DIVERGENCES, FAILURE, is_sweep, read_points, read_run
 from opdjax.runs.workdir import WorkdirError, read_json
 
 AUDIT = "audit.json"
@@ -26,7 +26,8 @@ AUDIT = "audit.json"
 _CONTEXTS: dict[str, dict[str, Any]] = {
     "against": {},
     "audit": exported(audit),
-    "run": exported(measures, judgements, near_policy, timeline, judged, run, statistics, rubrics),
+    "run": exported(measures, judgements, near_policy, timeline, judged, run, statistics, rubrics)
+    | {"DIVERGENCES": DIVERGENCES},
     "sweep": exported(table, statistics),
 }
 

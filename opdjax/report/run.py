@@ -73,6 +73,7 @@ def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, A
         "k": measures.samples_per_prompt(run),
         "temperature": rows[0].get("temperature") if rows else None,
         "evaluations": [{key: v for key, v in row.items() if key not in _LONG} for row in rows],
+        "divergences": _divergences(run),
         "result": run.result or {},
         "spent": _spent(run, [row["step"] for row in rows]),  # up to each evaluation, by axis
         "positions": _positions(run, length),  # (early, late) KL by position
@@ -90,6 +91,16 @@ def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, A
 
 
 _LONG = ("answers", "per_prompt", "per_prompt_greedy", "per_prompt_pass")  # not on the page
+
+
+def _divergences(run: Run) -> list[dict[str, Any]]:
+    """The held-out divergences by step, without their sums by prompt."""
+    by_step = {row["step"]: row for row in run.divergences}
+    without = lambda row: {name: v for name, v in row.items() if name not in _LONG}
+    return [
+        by_step[step] | {who: without(by_step[step][who]) for who in ("student", "teacher")}
+        for step in sorted(by_step)
+    ]
 
 
 def _is_kl_sampled(run: Run, recipe: Recipe | None) -> bool:

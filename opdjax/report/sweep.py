@@ -186,8 +186,9 @@ def _ranked(points: Sequence[Point], runs: Mapping[pathlib.Path, Run]) -> list[A
                 runs=tuple(done),
             )
         )
-    rank = lambda arm: (arm.is_reference, not arm.runs, -(arm.score or (-math.inf,))[0])
-    arms.sort(key=rank)
+    score = lambda arm: (arm.score or (-math.inf,))[0]
+    kl = lambda arm: (arm.numbers["KL(S || T)"] or (math.inf,))[0]  # where nothing was graded
+    arms.sort(key=lambda arm: (arm.is_reference, not arm.runs, -score(arm), kl(arm)))
     labels = [label(arm.settings) for arm in arms]
     # Where there are too many arms, only the first, which are the best, have a colour.
     num_drawn = sum(bool(arm.runs) and not arm.is_reference for arm in arms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -14,6 +15,7 @@ from opdjax.report.measures import SCORES
 from opdjax.report.papers.compare import Cell, Comparison, Interval, Verdict, compare, finite
 from opdjax.report.papers.tables import paper_named, paper_tables
 from opdjax.runs.results import (
+    DIVERGENCES,
     Point,
     Run,
     SeedGroup,
@@ -32,6 +34,12 @@ COLUMNS: dict[str, Callable[[Run], float | None]] = {
     "greedy": lambda run: run.score("greedy"),
     "pass@k": lambda run: run.score("pass@k"),
     "gain in avg@k": lambda run: run.gain,
+    **{
+        f"{label}{where}": functools.partial(Run.divergence, name=name, writer=writer)
+        for writer, where in (("student", ""), ("teacher", ", T's answers"))
+        for name, label in list(DIVERGENCES.items())[:4]
+    },
+    "change in KL(S || T)": lambda run: run.change_in_kl,
     "median gradient norm": lambda run: run.median("grad/norm"),
     "KL, last 10 steps": lambda run: run.last_mean("kl/student_teacher"),
     "staleness KL": lambda run: run.staleness,
@@ -47,6 +55,10 @@ _SEEDS = (
 _STALENESS = (
     "Staleness KL: KL(student || behaviour) of the tokens trained on, last 10 steps. Keep rate: "
     "mean over all steps."
+)
+DIVERGENCE_NOTE = (
+    "S: student, T: teacher. KL and JSD, nats a token, and same top, the share of tokens with the "
+    "same most likely id, are of the student's answers to held-out prompts, or of T's answers."
 )
 _KL = (
     "KL is exact, except for opd and for vopd with a top-k baseline, where it is the mean "
@@ -113,6 +125,7 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
     ]
     header = [*names, *(score_label(name, k) for name in columns), "n", "missing"]
     notes = [_SEEDS, _STALENESS] if "staleness KL" in columns else [_SEEDS]
+    notes += [DIVERGENCE_NOTE] if "change in KL(S || T)" in columns else []
     graded = (*SCORES, "gain in avg@k")
     scores = [row["values"][name][0] for row in rows for name in graded if name in row["values"]]
     if scores and not any(scores):
