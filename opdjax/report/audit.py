@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from opdjax.config.recipes import PLAIN, RECIPES
-from opdjax.report.drawing import SERIES, Entry, Groups, Line
+from opdjax.config.recipes import PLAIN
+from opdjax.report.drawing import Entry, Groups
 from opdjax.report.measures import bucket_label, model_name
 from opdjax.report.text import percent, shown, significant
 from opdjax.runs.results import is_number
@@ -19,7 +19,6 @@ KL = {"reverse": "KL(student || teacher)", "forward": "KL(teacher || student)"}
 CLOSE = 1.0  # degrees within which an estimator points along a direction: rounding is less
 EXACT = 1e-9  # enumeration is in float64
 _SAME = 0.01  # expected gradients are equal below this relative bias
-_LITTLE = 0.005  # a bin with a smaller share of opd's noise has no point: its ratio is rounding
 _SHORT = {"support_top_k": "k", "baseline_top_k": "k", "renormalize": "renorm."}
 NOISE_GROUPS = (
     "Same expected gradient as opd",
@@ -107,7 +106,6 @@ def _subject(name: str, about: dict[str, Any]) -> dict[str, Any]:
         "short": f"{recipe} {', '.join(words)}".strip() if recipe else name,
         "is_pitfall": bool(about.get("is_pitfall")),
         "aim": about.get("advertises", "own"),  # reverse, forward or own
-        "has_baseline": recipe in RECIPES and "baseline" in RECIPES[recipe].options,
         "is_drawn_often": bool(options.get("extra_draws")),  # more than one draw a token
     }
 
@@ -140,10 +138,10 @@ def angle(cosine: float | None) -> float | None:
     return math.degrees(math.acos(min(max(cosine, -1.0), 1.0))) if is_number(cosine) else None
 
 
-def degrees(value: float | None, nothing: str = "no direction") -> str:
+def degrees(value: float | None) -> str:
     """Such as 12° or 0.3°."""
     if value is None:
-        return nothing
+        return "no direction"
     return f"{value:.0f}°" if value >= 10 else f"{value:.1f}°"
 
 
@@ -157,8 +155,8 @@ def ratio(value: float | None, interval: Sequence[float | None] | None = None) -
 # Rows of drawings
 
 
-def _entry(subject: dict[str, Any], *values: float | None, **more: Any) -> Entry:
-    return Entry(subject["short"], *values, is_warning=subject["is_pitfall"], **more)
+def _entry(subject: dict[str, Any], *values: float | None) -> Entry:
+    return Entry(subject["short"], *values, is_warning=subject["is_pitfall"])
 
 
 def angle_groups(rows: dict[str, dict[str, Any]], kl: str) -> Groups:
@@ -172,7 +170,7 @@ def angle_groups(rows: dict[str, dict[str, Any]], kl: str) -> Groups:
     for each in sorted(rows.values(), key=nearest):
         subject, value = each["subject"], each["degrees"][kl]
         heading = "Pitfalls" if subject["is_pitfall"] else headings.get(subject["aim"], own)
-        found[heading].append(_entry(subject, value, text=degrees(value, "none")))
+        found[heading].append(_entry(subject, value))
     return list(found.items())
 
 
@@ -184,40 +182,9 @@ def ratio_groups(f: Facts, kind: Literal["variances", "noises"]) -> Groups:
         row = noises[name] if kind == "noises" else f["contexts"][name]["row"]
         value = row.get("noise_ratio" if kind == "noises" else "variance_ratio")
         ends = (kind == "variances" and row.get("variance_ratio_interval")) or (None, None)
-        return _entry(f["subjects"][name], value, *ends, text=f"{significant(value)}×")
+        return _entry(f["subjects"][name], value, *ends)
 
     return [(heading, [*map(entry, names)]) for heading, names in f[kind].items()]
-
-
-# Places
-
-
-def place_shares(bins: list[dict[str, Any]], actions: Sequence[float | None] | None) -> list[Line]:
-    """Shares of every bin: of the contexts, the KL, and opd's variance and action noise."""
-    whole = sum(each["contexts"] for each in bins) or 1
-    shares = [[each["contexts"] / whole for each in bins]]
-    shares += [[each[key] for each in bins] for key in ("kl_share", "variance_share")]
-    slots = (5, 2, 1, 3)
-    return [
-        Line(range(len(bins)), values, slot=slot, has_markers=True)
-        for slot, values in zip(slots, [*shares, actions or []])
-    ]
-
-
-def place_lines(rows: Iterable[list], noise: Sequence[float | None]) -> list[Line]:
-    """Variance over that of opd in every bin, a line for each of `rows`; bins with little of opd's
-    noise have no point.
-    """
-    found, rows = [], list(rows)[:SERIES]
-    for slot, cells in enumerate(rows):
-        kept = [
-            cell if all(map(is_number, (*cell, share))) and share >= _LITTLE else [math.nan] * 3
-            for cell, share in zip(cells, noise)
-        ]
-        # Shifted, so that intervals do not hide one another.
-        x = [at + 0.06 * (slot - (len(rows) - 1) / 2) for at in range(len(noise))]
-        found.append(Line(x, *zip(*kept), slot=slot, has_markers=True, bars=True))
-    return found
 
 
 def bin_labels(bins: Sequence[dict[str, Any]]) -> list[str]:

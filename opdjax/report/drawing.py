@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -160,17 +159,15 @@ def log_ticks(low: float, high: float, width: float) -> list[float]:
     """As many round numbers, up to six and 1 among them, as have labels that do not touch on an
     axis of this width.
     """
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    within = ((1, 1.2, 1.5, 2, 3, 5, 8), (1, 2, 5), (1, 3), (1,))
-    for steps, every in (*((steps, 1) for steps in within), *(((1,), n) for n in range(2, 99))):
-        powers = [decade for decade in decades if decade % every == 0]
-        values = [round(step * 10.0**decade, 12) for decade in powers for step in steps]
+    within = ((1, 1.2, 1.5, 2, 3, 5, 8), (1, 2, 5), (1, 3))
+    for steps, every in (*((steps, 1) for steps in within), *(((1,), n) for n in range(1, 99))):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        powers = [10.0**decade for decade in decades if decade % every == 0]
+        values = [round(step * power, 12) for power in powers for step in steps]
         found = [value for value in values if low <= value <= high]
-        at = [width * math.log(value / low) / math.log(high / low) for value in found]
+        gaps = np.diff(np.log(found)) * width / math.log(high / low)
         room = [LETTER * (len(tick(value)) + 2) for value in found]
-        gaps = (right - left for left, right in itertools.pairwise(at))
-        needed = ((one + two) / 2 for one, two in itertools.pairwise(room))
-        if len(found) <= 6 and all(gap >= least for gap, least in zip(gaps, needed)):
+        if len(found) <= 6 and all(2 * gaps >= np.add(room[1:], room[:-1])):
             break
     return found
 
@@ -352,60 +349,51 @@ def _paint_interval(axes: Any, line: Line) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row: its name, its mark, and its number as `text`."""
+    """A row: its name, its value and the interval of that."""
 
     label: str
     value: float | None = None
     low: float | None = None
     high: float | None = None
     is_warning: bool = False  # a cross instead of a dot
-    text: str = ""
 
 
 Groups = Sequence[tuple[str, Sequence[Entry]]]  # a heading and its rows
-_WIDTH, _ROW, _GAP, _BELOW = 520, 26, 14, 50
 
 
 def rows_of(title: str, groups: Groups, x: str, limit: float | None = None) -> Markup:
     """A row for each entry: degrees from 0 to `limit`, or without it ratios from 1, logarithmic."""
-    rows: list[str | Entry] = []
-    for heading, entries in groups:
-        rows += [heading, *entries] if entries else []
-    every = [row for row in rows if isinstance(row, Entry)]
-    if not every:
+    rows = [row for heading, entries in groups if entries for row in (heading, *entries)]
+    marks = [(y + 0.5, row) for y, row in enumerate(rows) if isinstance(row, Entry)]
+    values = finite(value for _, row in marks for value in (row.value, row.low, row.high))
+    if not marks:
         return NOTHING
-    left = min(max(len(entry.label) for entry in every) * LETTER + _GAP, 0.54 * _WIDTH)
-    right = max(len(entry.text) for entry in every) * LETTER + _GAP
-    width = _WIDTH - left - right
+    left = min(10 + LETTER * max(len(row.label) for _, row in marks), 300)
+    size = (520, 54 + 26 * len(rows))
 
     def paint(canvas: Any) -> None:
-        axes = axes_in(canvas, (left, right, 4, _BELOW), "x", x)
+        axes = axes_in(canvas, (left, 16, 4, 50), "x", x)
+        if limit is None:
+            _ratio_scale(axes, values, size[0] - left)
+        else:
+            linear_ticks(axes.xaxis, 4, unit="°")
+            axes.set_xlim(0, limit)
         axes.set_ylim(len(rows), 0)
         axes.set_yticks([])
-        linear_ticks(axes.xaxis, 4, unit="°")
-        if limit is None:
-            _ratio_scale(axes, every, width)
-        else:
-            axes.set_xlim(0, limit)
         beside = {"transform": axes.get_yaxis_transform(), "va": "center"}
-        start, end = -left / width, 1 + right / width  # edges of the figure
-        for y, row in zip(np.arange(len(rows)) + 0.5, rows):
-            if isinstance(row, str):
-                axes.text(start, y, row, **beside, color=MUTED, zorder=6, weight="bold")
-                continue
-            size = TEXT * min(1, (left - _GAP) / (len(row.label) * LETTER))
-            colour = SLOTS[1] if row.is_warning else INK
-            axes.text(start, y, row.label, **beside, fontsize=size, color=colour)
-            axes.text(end, y, row.text, **beside, ha="right")
+        start = left / (16 + left - size[0])  # edge of the figure
+        for y, row in enumerate(rows):
+            is_heading = isinstance(row, str)
+            style = {"color": MUTED, "weight": "bold"} if is_heading else {"color": INK}
+            axes.text(start, y + 0.5, row if is_heading else row.label, **beside, **style)
+        for y, row in marks:
             if is_number(row.value):
-                _mark(axes, row, y, origin=int(limit is None))
+                _mark(axes, row, y)
 
-    size = (_WIDTH, 4 + _ROW * len(rows) + _BELOW)
     return figure(title, f"{title}: {x}", size, paint)
 
 
-def _ratio_scale(axes: Any, every: Sequence[Entry], width: float) -> None:
-    values = finite(value for e in every for value in (e.value, e.low, e.high))
+def _ratio_scale(axes: Any, values: Sequence[float], width: float) -> None:
     ends = [value for value in values if value > 0]
     low, high = min([*ends, 0.8]) / 1.1, max([*ends, 1.25]) * 1.1
     axes.set_xscale("log")
@@ -416,18 +404,14 @@ def _ratio_scale(axes: Any, every: Sequence[Entry], width: float) -> None:
     axes.axvline(1, color=INK, linewidth=1.2, zorder=2)
 
 
-def _mark(axes: Any, entry: Entry, y: float, origin: int) -> None:
-    """A pale bar from the origin to a dot, or a cross, and the interval."""
-    least = axes.get_xlim()[0]
-    colour, value = SLOTS[1 if entry.is_warning else 0], max(entry.value, least)
-    bar = {"height": 0.56, "color": colour, "alpha": 0.3, "linewidth": 0}
-    axes.barh([y], [value - origin], left=origin, **bar, zorder=2.5)
+def _mark(axes: Any, entry: Entry, y: float) -> None:
+    """A dot, or a cross, and the interval; what is below the axis stands at its start."""
+    least, colour = axes.get_xlim()[0], SLOTS[1 if entry.is_warning else 0]
     if is_number(entry.low) and is_number(entry.high):
         ends = [max(entry.low, least), entry.high]
         axes.plot(ends, [y, y], color=colour, linewidth=2.2, zorder=3)
-    size, marker = (9.5, "X") if entry.is_warning else (8.5, "o")
-    dot = {"color": colour, "marker": marker, "markersize": size, "markeredgewidth": 0}
-    axes.plot([value], [y], **dot, zorder=5, clip_on=False)
+    dot = {"color": colour, "marker": "X" if entry.is_warning else "o", "markersize": 9}
+    axes.plot([max(entry.value, least)], [y], **dot, markeredgewidth=0, zorder=5, clip_on=False)
 
 
 # Lanes: what each process did, over time

@@ -1,4 +1,4 @@
-"""Judges' verdicts and scores of a run, read from rubrics.jsonl, and the statistics of them."""
+"""The facts of judged rollouts: what a judge rewards, its signal, its accuracy and its cost."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opdjax.runs.results import is_number, mean
+from opdjax.config.recipes import RECIPES
+from opdjax.report import measures
+from opdjax.report.text import spread
+from opdjax.runs.results import Run, is_number, mean
 from opdjax.runs.statistics import clustered_auc, clustered_ratio
 from opdjax.runs.workdir import WorkdirError, read_lines
 
 ROWS, SPENDING = "rubrics.jsonl", "spending.jsonl"
 ALL = "all criteria"
+_EXAMPLES = 3  # steps
 _CATEGORIES = 5  # the most frequent ones have numbers of their own
 _TEXTS = ("question", "references", "answers", "reflections")
 
@@ -105,19 +109,16 @@ def read_judgements(workdir: pathlib.Path, stages: Sequence[str] = ()) -> Steps:
 def _wrong_fields(row: dict[str, Any]) -> list[str]:
     """The fields of a row that are missing or of the wrong type or length."""
     rubric, samples = row.get("rubric"), row.get("samples")
-    is_list = lambda value: isinstance(value, list)
+    is_list = lambda value, size=None: isinstance(value, list) and size in (None, len(value))
     is_criterion = lambda item: isinstance(item, dict) and is_number(item.get("weight"))
     is_right = {"step": type(row.get("step")) is int, "prompt_id": "prompt_id" in row}
     is_right |= {"samples": is_list(samples), "scores": is_list(row.get("scores"))}
     is_right["rubric"] = rubric is None or (is_list(rubric) and all(map(is_criterion, rubric)))
     if all(is_right.values()):
         for name in ("scores", "verdicts", "correct", "stage_scores"):
-            value = row.get(name)
-            is_right[f"{name} (one a sample)"] = value is None or (
-                is_list(value) and len(value) == len(samples)
-            )
-        size = len(rubric or ())
-        is_verdict = lambda one: is_list(one) and len(one) == size and all(map(is_number, one))
+            is_own = row.get(name) is None or is_list(row[name], len(samples))
+            is_right[f"{name} (one a sample)"] = is_own
+        is_verdict = lambda one: is_list(one, len(rubric)) and all(map(is_number, one))
         for name in ("verdicts", "reference_verdicts") if rubric is not None else ():
             lists = [one for one in row.get(name) or () if one is not None]
             is_right[f"{name} (one a criterion)"] = all(map(is_verdict, lists))
@@ -184,14 +185,102 @@ def _floats(values: Sequence[Any]) -> np.ndarray:
     return np.array([value if is_number(value) else math.nan for value in values], float)
 
 
-def read_spending(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Requests and their cost by step and role, repeated steps included; empty if not recorded."""
-    return [row for row in read_lines(workdir / SPENDING) if isinstance(row.get("role"), str)]
-
-
 def all_groups(steps: Steps) -> list[JudgedGroup]:
     """The groups of all steps."""
     return [group for groups in steps.values() for group in groups]
+
+
+# The facts of a run
+
+
+def judged_facts(run: Run) -> dict[str, Any] | None:
+    """None where rubrics.jsonl is missing or empty; WorkdirError for a damaged row."""
+    stages = (run.config.get("rubrics") or {}).get("stages") or ()
+    names = [stage.partition("=")[0] for stage in stages]
+    steps = read_judgements(run.workdir, names)
+    if not steps:
+        return None
+    groups, recipe, order = (
+        all_groups(steps),
+        RECIPES.get(run.config["estimator"]["recipe"]),
+        list(steps),
+    )
+    length, found = measures.end_length(len(steps)), categories(groups)
+    named = found if len(found) > 1 else []
+    ends = {"first": order[:length], "last": order[-length:], "all": order}
+    parts = {
+        name: summary([group for step in part for group in steps[step]], named)
+        for name, part in ends.items()
+    }
+    early, late = parts["first"]["rates"], parts["last"]["rates"]
+    logged = [step for step, some in steps.items() if any(map(_has_texts, some))]
+    changes = {name: (late[name][0], first) for name, (first, _) in early.items()}
+    return {
+        "is_reward": recipe is not None and recipe.is_judged,  # else only shown to a teacher
+        "has_rubrics": any(row.criteria for group in groups for row in group.rows),
+        "steps": order,
+        "end_length": length,
+        "series": _series([summary(some, named) for some in steps.values()]),  # by step
+        "categories": named,
+        "parts": parts,  # summaries of first, last and all steps
+        # Of the rollouts' rates, last minus first.
+        "changes": {name: two.less(one) for name, (two, one) in changes.items() if two and one},
+        "stage_names": names or [f"stage {at}" for at, _ in enumerate(parts["all"]["stages"], 1)],
+        "examples": {step: _example(steps[step]) for step in spread(logged, _EXAMPLES)},
+        "num_logged": len(logged),  # steps with recorded texts
+    }
+
+
+_BY_STEP = ("share right", "bad updates", "tied groups", "criteria", "failed groups", "alike")
+_BY_STEP += ("met by all", "met by none")
+
+
+def _series(parts: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """The numbers of each step by name."""
+    rows = [
+        {name: part[name] for name in _BY_STEP}
+        | {f"stage {at}": value for at, value in enumerate(part["stages"])}
+        | {name: own and own.value for name, (own, _) in part["rates"].items()}
+        | {f"references: {name}": of and of.value for name, (_, of) in part["rates"].items()}
+        for part in parts
+    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _has_texts(group: JudgedGroup) -> bool:
+    return "answers" in group.rows[0].texts or "question" in group.rows[0].texts
+
+
+def _example(groups: Sequence[JudgedGroup]) -> JudgedGroup:
+    """The first group with texts whose scores differ; else the first with scores, or texts."""
+    order = {False: 0, True: 1, None: 2}
+    return min(filter(_has_texts, groups), key=lambda group: order[group.is_tied])
+
+
+_USED = ("calls", "cached", "retries", "input_tokens", "output_tokens", "seconds", "dollars")
+
+
+def cost_facts(run: Run) -> dict[str, Any] | None:
+    """Requests to judges by role, repeated steps included, and the seconds that the learner waited
+    for judges and of all steps; None where nothing was judged.
+    """
+    rows = [row for row in read_lines(run.workdir / SPENDING) if isinstance(row.get("role"), str)]
+    waits = run.column("time/judge_wait")
+    if not rows and all(value is None for value in waits):
+        return None
+    used = lambda some: {name: float(sum(row.get(name) or 0 for row in some)) for name in _USED}
+    roles = sorted({row["role"] for row in rows})
+    waited, seconds = (sum(filter(None, values)) for values in (waits, run.column("time/step")))
+    by_role = {role: used([row for row in rows if row["role"] == role]) for role in roles}
+    return {"roles": by_role, "total": used(rows), "waited": waited, "seconds": seconds}
+
+
+def dollars(value: float) -> str:
+    """Such as $12.30 or $0.0042."""
+    if not value:
+        return "$0"
+    return f"${value:,.2f}" if value >= 0.1 else f"${float(f'{value:.2g}'):g}"
 
 
 # Numbers of some groups

@@ -150,14 +150,17 @@ def column_interval(name: str, runs: Sequence[Run]) -> tuple[float, float] | Non
 
     The interval of a share that is 0, or 1, in every seed is that over the prompts.
     """
-    numbers = [value for value in map(COLUMNS[name], runs) if is_number(value)]
-    if not numbers:
-        return None
-    mean, half = seed_interval(numbers)
-    if half == 0 and name in SCORES and mean in (0.0, 1.0):
+    found = interval(map(COLUMNS[name], runs))
+    if name in SCORES and found in ((0.0, 0.0), (1.0, 0.0)):
         counts = (run.result["eval_after"].get("num_prompts", 0) for run in runs if run.result)
-        half = rule_of_three(min(counts))
-    return mean, half
+        return found[0], rule_of_three(min(counts))
+    return found
+
+
+def interval(values: Iterable[float | None]) -> tuple[float, float] | None:
+    """`seed_interval` of the finite values; None if there are none."""
+    known = [float(value) for value in values if is_number(value)]
+    return seed_interval(known) if known else None
 
 
 def list_of_papers() -> str:

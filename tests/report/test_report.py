@@ -21,10 +21,9 @@ from opdjax.config import (
     SamplingConfig,
 )
 from opdjax.config.validation import to_dict
-from opdjax.report import drawing, measures, render, text
+from opdjax.report import drawing, measures, text
 from opdjax.report.drawing import REST
-from opdjax.report.page import write_report
-from opdjax.report.render import facts_as_json
+from opdjax.report.page import facts_as_json, write_report
 from opdjax.report.sweep import sweep_facts
 from opdjax.report.table import table
 from opdjax.runs.results import read_points, read_result, read_run, result_table
@@ -253,14 +252,13 @@ def read(directory, **options):
     assert len(parser.ids) == len(set(parser.ids))
     for name, attributes in parser.tags:
         assert name not in ("link", "img", "iframe", "object", "base")
-        assert not (name == "script" and attributes)
         for key in ("src", "action", "style"):
             assert "//" not in (attributes.get(key) or "")
         if "href" in attributes:
             assert attributes["href"][0] == "#"
             assert attributes["href"][1:] in parser.ids
     assert not re.search(r"@import|url\((?!#)", source)
-    assert sum(name == "script" for name, _ in parser.tags) == 1
+    assert not any(name == "script" for name, _ in parser.tags)
     parser.all = " ".join(" ".join(parser.text).split())
     for nonsense in ("nan", "inf", "None", "Infinity"):
         assert not re.search(rf"(?<![\w-]){nonsense}(?![\w-])", parser.all), nonsense
@@ -359,9 +357,9 @@ def test_each_token_carries_its_numbers(finished):
         for name, attributes in finished.tags
         if name == "span" and attributes.get("title")
     ]
-    assert [(token["class"], token["title"], token["tabindex"]) for token in tokens] == [
-        ("t for strong", "3: advantage 1.500", "0"),
-        ("t against", "!: advantage −0.250", "-1"),
+    assert [(token["class"], token["title"]) for token in tokens] == [
+        ("t for strong", "3: advantage 1.500"),
+        ("t against", "!: advantage −0.250"),
     ]
 
 
@@ -508,7 +506,7 @@ def test_diagnostics_told_every_few_steps_and_signal_to_noise_are_drawn(tmp_path
     parser = read(write_run(tmp_path / "run", metrics=rows, evaluations=False))
     assert "Entropy of the student" in parser.all
     assert "Overlap of the most likely" not in parser.all
-    assert "Signal to noise of the gradient" in parser.all
+    assert "Signal and noise of the gradient" in parser.all
     assert "exact at every position" in parser.all
     assert "nan" not in parser.source
     alike = [row | {"kl/k1": row["kl/student_teacher"]} for row in rows]
@@ -590,7 +588,7 @@ def test_what_people_and_models_wrote_is_text_and_never_markup(tmp_path):
     plain = {**sample(step=2), "prompt": NASTY, "completion": NASTY} | {"tokens": None}
     parser = read(write_run(tmp_path / "run", samples=[nasty, plain], **BARE))
     assert parser.all.count("<script>alert(1)</script>") >= 5
-    assert parser.source.count("<script") == 1
+    assert parser.source.count("<script") == 0
     assert not any("onclick" in attributes or name == "b" for name, attributes in parser.tags)
     titles = [attributes["title"] for _, attributes in parser.tags if attributes.get("title")]
     assert titles[0] == f"{NASTY}: advantage 1.500"
@@ -602,7 +600,7 @@ def test_config_values_and_paths_are_escaped_too(tmp_path):
     described["config"]["student"]["path"] = f"hub/{NASTY}"
     described["config"]["data"]["system_prompt"] = NASTY
     (directory / "config.json").write_text(json.dumps(described))
-    assert read(directory).source.count("<script") == 1
+    assert read(directory).source.count("<script") == 0
 
 
 def test_one_evaluation_prompt_has_an_infinite_interval(tmp_path):
@@ -681,9 +679,6 @@ def test_a_failure_gives_its_reason_and_the_tail_of_its_log(sweep):
 
 
 def test_settings_are_listed_once_or_as_a_difference(sweep):
-    head = next(cells for cells in sweep.rows if cells[:2] == ["point", "state"])
-    assert head[5:] == ["estimator.recipe", "optimizer.learning_rate", "seed"]
-    assert row(sweep, "estimatorvopd-learning_rate0.0001-seed2")[5:] == ["vopd", "1e-4", "2"]
     assert row(sweep, "optimizer.b2") == ["optimizer.b2", "0.999"]
     assert [cells[1:] for cells in sweep.rows if cells[0] == "seed" and len(cells) == 2] == []
     assert (
@@ -781,7 +776,7 @@ def test_facts_are_json_without_numbers_that_are_not_finite(tmp_path):
     found = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert found["metrics"]["kl/student_teacher"] == [0.4 / step for step in range(1, 7)]
     assert found["result"]["paired_difference"]["avg@k_interval"] == 0.0217
-    assert render.facts_as_json({"x": [math.nan, math.inf, 1.5]}).split() == (
+    assert facts_as_json({"x": [math.nan, math.inf, 1.5]}).split() == (
         ["{", '"x":', "[", "null,", "null,", "1.5", "]", "}"]
     )
 

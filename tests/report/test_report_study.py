@@ -226,7 +226,7 @@ def test_arms_answers_to_a_held_out_prompt_stand_side_by_side(tmp_path):
     assert row(page, "1+1=2#2")[1:] == ["✓ right", "full_kl, vopd"]
     assert row(page, f"1+1=3#3 {NASTY}")[1:] == ["✗ wrong", "opd"]
     assert "Right answer 2" in page.all
-    assert page.source.count("<script") == 1
+    assert page.source.count("<script") == 0
 
 
 def test_a_run_shows_its_first_answers_beside_its_last(tmp_path):
@@ -363,7 +363,6 @@ def test_judged_arms_have_their_rewards_and_costs_side_by_side(tmp_path):
         "1024 ± 0",
         "3 ± 0",
     ]
-    assert "Groups masked for ties" in page.all
 
 
 @pytest.mark.usefixtures("words_alone")
