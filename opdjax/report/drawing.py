@@ -201,10 +201,9 @@ def lines(
     categories: Sequence[str] = (),
     reference: float | None = None,
     bounds: Bounds = (None, None),
-    y_range: tuple[float, float] | None = None,
 ) -> Markup:
     """Lines with intervals. `categories` name x = 0, 1, 2 …; `reference` is a thin horizontal line;
-    `bounds` limit the possible y. Without `y_range`, y is shown as far as the lines need it.
+    `bounds` limit the possible y, which is shown as far as the lines need it.
     """
     found = [line for line in found if any(map(is_number, line.y))]
     if not found:
@@ -219,7 +218,7 @@ def lines(
         for line in found:
             _paint_line(axes, line)
         needed = axes.get_ylim() if log_y else _limits(axes, found, reference, bounds)
-        axes.set_ylim(*(y_range or needed))
+        axes.set_ylim(*needed)
         for line in found:
             _paint_interval(axes, line)
         if reference is not None:
@@ -271,21 +270,9 @@ def interval_line(x: Sequence[float], y: Sequence[Any], half: Sequence[Any], **s
     return Line(x, values, values - width, values + width, **{"has_markers": True} | style)
 
 
-def outline(edges: Sequence[float], counts: Sequence[float], slot: int = 0) -> Line:
-    """The filled outline of a histogram; there is one edge more than counts."""
-    y = [0.0, *np.repeat(counts, 2), 0.0]
-    return Line(np.repeat(edges, 2), y, np.zeros(len(y)), y, slot)
-
-
 def smoothing_window(num_steps: int) -> int:
     """Number of steps that a smoothed line averages over."""
     return max(1, num_steps // 12)
-
-
-def smoothing_note(num_steps: int) -> str:
-    """What the two lines of a smoothed chart are; empty where charts are not smoothed."""
-    window = smoothing_window(num_steps)
-    return f" Faint line: every step; strong line: mean over {window} steps." if window > 1 else ""
 
 
 def smooth(values: Sequence[float | None], window: int) -> np.ndarray:

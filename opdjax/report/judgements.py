@@ -20,9 +20,8 @@ from opdjax.runs.statistics import clustered_auc, clustered_ratio
 from opdjax.runs.workdir import WorkdirError, read_lines
 
 ROWS, SPENDING = "rubrics.jsonl", "spending.jsonl"
-ALL = "all criteria"
+MET = "met: all criteria"  # name of a rate
 _EXAMPLES = 3  # steps
-_CATEGORIES = 5  # the most frequent ones have numbers of their own
 _TEXTS = ("question", "references", "answers", "reflections")
 
 
@@ -205,11 +204,10 @@ def judged_facts(run: Run) -> dict[str, Any] | None:
         RECIPES.get(run.config["estimator"]["recipe"]),
         list(steps),
     )
-    length, found = measures.end_length(len(steps)), categories(groups)
-    named = found if len(found) > 1 else []
+    length = measures.end_length(len(steps))
     ends = {"first": order[:length], "last": order[-length:], "all": order}
     parts = {
-        name: summary([group for step in part for group in steps[step]], named)
+        name: summary([group for step in part for group in steps[step]])
         for name, part in ends.items()
     }
     early, late = parts["first"]["rates"], parts["last"]["rates"]
@@ -220,8 +218,7 @@ def judged_facts(run: Run) -> dict[str, Any] | None:
         "has_rubrics": any(row.criteria for group in groups for row in group.rows),
         "steps": order,
         "end_length": length,
-        "series": _series([summary(some, named) for some in steps.values()]),  # by step
-        "categories": named,
+        "series": _series([summary(some) for some in steps.values()]),  # by step
         "parts": parts,  # summaries of first, last and all steps
         # Of the rollouts' rates, last minus first.
         "changes": {name: two.less(one) for name, (two, one) in changes.items() if two and one},
@@ -299,14 +296,14 @@ class Rate(NamedTuple):
         return Rate(self.value - other.value, half, min(self.count, other.count))
 
 
-def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> dict[str, Any]:
+def summary(groups: Sequence[JudgedGroup]) -> dict[str, Any]:
     """The numbers of the groups; None: not known.
 
-    `rates` of (rollouts, references): the mean `score`, and `met: CATEGORY`, the share of criteria
-    met, without weights, of the `named` categories and of ALL. The others are counts and shares.
+    `rates` of (rollouts, references): the mean `score`, and MET, the share of criteria met, without
+    weights. The others are counts and shares.
     """
     rows = [row for group in groups for row in group.rows]
-    both = lambda name: tuple(pass_rate(groups, name, of_references=of) for of in (False, True))
+    met = tuple(pass_rate(groups, of_references=of) for of in (False, True))
     tally = lambda name: sum((Counter(getattr(row, name)) for row in rows), Counter())
     scores = _rate(groups, lambda row: row.scores), _rate(groups, lambda row: row.reference_scores)
     correct = [right for group in groups if (right := group.correct) is not None]
@@ -317,7 +314,7 @@ def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> dict[st
         "failed groups": mean(map(float, failed)),
         "num_rollouts": sum(group.scores.size for group in groups),
         "num_unscored": sum(int((~np.isfinite(group.scores)).sum()) for group in groups),
-        "rates": {"score": scores} | {f"met: {name}": both(name) for name in (*named, ALL)},
+        "rates": {"score": scores, MET: met},
         "stages": _stage_means(rows),
         # Groups with scores whose rollouts all have the same score.
         "tied groups": mean(float(group.is_tied) for group in groups if not group.is_failed),
@@ -331,25 +328,11 @@ def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> dict[st
     }
 
 
-def categories(groups: Iterable[JudgedGroup]) -> list[str]:
-    """The most frequent categories of criteria."""
-    rows = (row for group in groups for row in group.rows)
-    found = Counter(each["category"] for row in rows for each in row.criteria)
-    return [name for name, _ in found.most_common(_CATEGORIES)]
-
-
-def pass_rate(
-    groups: Sequence[JudgedGroup], category: str = ALL, *, of_references: bool = False
-) -> Rate | None:
+def pass_rate(groups: Sequence[JudgedGroup], *, of_references: bool = False) -> Rate | None:
     """Share of criteria met, without weights, over rollouts (or references) with verdicts; None
     without verdicts.
     """
-
-    def values(row: JudgedRow) -> np.ndarray:
-        met = row.reference_met if of_references else row.met
-        return met[:, [category in (ALL, each["category"]) for each in row.criteria]].ravel()
-
-    return _rate(groups, values)
+    return _rate(groups, lambda row: (row.reference_met if of_references else row.met).ravel())
 
 
 def _rate(groups: Sequence[JudgedGroup], values: Callable[[JudgedRow], np.ndarray]) -> Rate | None:
@@ -384,7 +367,7 @@ def _signal(rows: Iterable[JudgedRow]) -> dict[str, float | None]:
 
 def _truth(groups: Iterable[JudgedGroup]) -> dict[str, Any]:
     """Scores of right and wrong answers: `auc` over all pairs of a right and a wrong rollout, and
-    shares of the `num_pairs` inside of groups; `histogram` by tenth of the score.
+    shares of the `num_pairs` inside of groups.
     """
     known = [
         (group.scores[has], correct[has])
@@ -401,8 +384,6 @@ def _truth(groups: Iterable[JudgedGroup]) -> dict[str, Any]:
     pairs = [np.sign(own[good][:, None] - own[~good]).ravel() for own, good in known]
     signs = np.concatenate([empty[0], *pairs])
     share = lambda sign: mean((signs == sign).astype(float).tolist())
-    # A little is added, so that rounding does not move 0.3 down.
-    tenths = lambda one: np.histogram(np.minimum(one + 1e-7, 1), 10, (0, 1))[0].tolist()
     return {
         "num_right": right.size,
         "num_wrong": wrong.size,
@@ -413,5 +394,4 @@ def _truth(groups: Iterable[JudgedGroup]) -> dict[str, Any]:
         "right higher": share(1),
         "tied pairs": share(0),
         "bad updates": share(-1),
-        "histogram": (tenths(right), tenths(wrong)),
     }

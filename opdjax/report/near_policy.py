@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from opdjax.report.drawing import REST, Line, Shares, finite, outline
+from opdjax.report.drawing import REST, Line, Shares, finite
 from opdjax.report.text import spread
 from opdjax.runs.results import Run, Span, read_filters, read_timeline
 from opdjax.runs.statistics import wilson_interval
@@ -18,7 +18,6 @@ from opdjax.runs.statistics import wilson_interval
 ALARM = 0.10  # nats a token: the limit of what NPD calls near-policy
 ZONES = ("kept", "degenerate", "disconnected")
 AMOUNTS = ("samples", *ZONES, "unscored")
-_VERSIONS = 6  # histograms side by side; more versions are pooled
 _EXAMPLES = 4  # of each zone
 
 Filter = dict[str, Any]  # one filter file: counts, bounds, histogram and examples of its samples
@@ -57,8 +56,7 @@ def filter_facts(run: Run) -> dict[str, Any] | None:
     versions: dict[int, list[Filter]] = {}
     for one in scored:
         versions.setdefault(one["version"], []).append(one)
-    is_apart, last = 1 < len(versions) <= _VERSIONS, scored[-1]
-    pools = {key: pooled(own) for key, own in (versions if is_apart else {None: scored}).items()}
+    last = scored[-1]
     return {
         "kind": last["filter"],  # ifd, random or none
         "form": last.get("form", ""),
@@ -68,7 +66,7 @@ def filter_facts(run: Run) -> dict[str, Any] | None:
         "whole": _counts(scored),
         # By number of updates of the weights that sampled.
         "versions": {version: _counts(own) for version, own in versions.items()},
-        "histograms": {key: one for key, one in pools.items() if one},  # by version; None: all
+        "histogram": pooled(scored),
         "examples": _examples(scored),  # by zone, with their version
     }
 
@@ -123,8 +121,9 @@ def histogram_lines(
     edges, counts = edges[filled[0] : filled[-1] + 2], counts[filled[0] : filled[-1] + 1]
     width, middle = edges[-1] - edges[0], (edges[0] + edges[-1]) / 2
     near = [bound for bound in bounds if abs(bound - middle) < 1.5 * width]
-    lines = [Line([bound, bound], [0.0, max(counts)], slot=1) for bound in near]
-    return [*lines, outline(edges, counts)]
+    y = [0.0, *np.repeat(counts, 2), 0.0]
+    bars = Line(np.repeat(edges, 2), y, np.zeros(len(y)), y)
+    return [*(Line([bound, bound], [0.0, max(counts)], slot=1) for bound in near), bars]
 
 
 def _examples(files: Sequence[Filter]) -> dict[str, list[dict[str, Any]]]:

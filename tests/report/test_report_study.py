@@ -433,7 +433,6 @@ def test_the_teachers_own_scores_are_no_arm(tmp_path):
         "teacher",
     ]
     assert row(page, "teacher", "1")[2] == "0.970 ± ∞"
-    assert "All 2 arms in numbers" in page.all
     assert row(page, "before training")[2] == "0.409"
 
 
@@ -480,7 +479,6 @@ def test_thirty_arms_have_a_page_of_reasonable_size(tmp_path):
         asked = settings("opd", 0, optimizer=OptimizerConfig(learning_rate=1e-5 * (number + 1)))
         write_arm(tmp_path, f"arm_{number}", 0, asked=asked, after=0.4 + 0.005 * number)
     page = read(tmp_path)
-    assert "All 30 arms in numbers" in page.all
     assert len(page.source) < 1_000_000
 
 
