@@ -20,12 +20,8 @@ CLOSE = 1.0  # degrees within which an estimator points along a direction: round
 EXACT = 1e-9  # enumeration is in float64
 _SAME = 0.01  # expected gradients are equal below this relative bias
 _SHORT = {"support_top_k": "k", "baseline_top_k": "k", "renormalize": "renorm."}
-NOISE_GROUPS = (
-    "Same expected gradient as opd",
-    "Another expected gradient",
-    "Tokens of a sequence coupled",
-    "Pitfalls",
-)
+_SAME_GRADIENT = "Same expected gradient as opd"
+_GROUPS = (_SAME_GRADIENT, "Another expected gradient", "Tokens of a sequence coupled", "Pitfalls")
 PARTS = ("prompt", "trajectory", "action")  # of the noise of parameter gradients
 
 
@@ -49,8 +45,8 @@ def audit_facts(document: dict[str, Any], name: str) -> Facts:
     biases = {key: each["row"]["bias"]["reverse"] for key, each in contexts.items()}
 
     def grouped(sizes: dict[str, float]) -> dict[str, list[str]]:
-        """The names of each of NOISE_GROUPS, the least noisy first."""
-        found: dict[str, list[str]] = {heading: [] for heading in NOISE_GROUPS}
+        """The names of each of _GROUPS, the least noisy first."""
+        found: dict[str, list[str]] = {heading: [] for heading in _GROUPS}
         same, other, coupled, pitfalls = found.values()
         for key in sorted(sizes, key=sizes.__getitem__):
             is_same = is_number(biases.get(key)) and biases[key] < _SAME
@@ -86,7 +82,7 @@ def audit_facts(document: dict[str, Any], name: str) -> Facts:
         # With one draw a token and opd's gradient, by variance.
         "same_gradient": [
             key
-            for key in variances[NOISE_GROUPS[0]]
+            for key in variances[_SAME_GRADIENT]
             if key != PLAIN and not subjects[key]["is_drawn_often"]
         ],
         "pitfalls": document.get("pitfalls", {}),  # every known one and what it is
@@ -118,8 +114,7 @@ def _direction(subject: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     aim = subject["aim"] if subject["aim"] in KL else "reverse"
     other = "forward" if aim == "reverse" else "reverse"
     along = {kl: value is not None and value <= CLOSE for kl, value in found.items()}
-    is_lost = all(value is None for value in found.values())
-    if is_lost:
+    if all(value is None for value in found.values()):
         verdict = "has no direction (its expected gradient is 0)"
     elif along[aim]:
         bias = percent(row["bias"][aim])
@@ -128,9 +123,7 @@ def _direction(subject: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         verdict = f"points along {KL[other]}, {degrees(found[aim])} from {KL[aim]}"
     else:
         verdict = f"is off by {degrees(found[aim])}"
-    return {"subject": subject, "row": row, "degrees": found, "is_lost": is_lost} | {
-        "verdict": verdict
-    }
+    return {"subject": subject, "row": row, "degrees": found, "verdict": verdict}
 
 
 def angle(cosine: float | None) -> float | None:
@@ -163,11 +156,8 @@ def angle_groups(rows: dict[str, dict[str, Any]], kl: str) -> Groups:
     """The rows of the chart of angles to the gradient of a KL; the same order for every KL."""
     own = "Recipes with a direction of their own"
     headings = {kl: f"Recipes for {name}" for kl, name in KL.items()}
-    found: dict[str, list[Entry]] = {
-        heading: [] for heading in (*headings.values(), own, "Pitfalls")
-    }
-    nearest = lambda each: round(each["degrees"]["reverse"] or 0.0, 1)
-    for each in sorted(rows.values(), key=nearest):
+    found = {heading: [] for heading in (*headings.values(), own, "Pitfalls")}
+    for each in sorted(rows.values(), key=lambda each: round(each["degrees"]["reverse"] or 0.0, 1)):
         subject, value = each["subject"], each["degrees"][kl]
         heading = "Pitfalls" if subject["is_pitfall"] else headings.get(subject["aim"], own)
         found[heading].append(_entry(subject, value))
@@ -176,13 +166,14 @@ def angle_groups(rows: dict[str, dict[str, Any]], kl: str) -> Groups:
 
 def ratio_groups(f: Facts, kind: Literal["variances", "noises"]) -> Groups:
     """The rows of the chart of variances of logits, or of noises of parameters, over opd's."""
-    noises = f["document"].get("gradients", {}).get("rows", {})
+    rows = {name: each["row"] for name, each in f["contexts"].items()}
+    if kind == "noises":
+        rows = f["document"].get("gradients", {}).get("rows", {})
 
     def entry(name: str) -> Entry:
-        row = noises[name] if kind == "noises" else f["contexts"][name]["row"]
-        value = row.get("noise_ratio" if kind == "noises" else "variance_ratio")
-        ends = (kind == "variances" and row.get("variance_ratio_interval")) or (None, None)
-        return _entry(f["subjects"][name], value, *ends)
+        value = f"{kind.removesuffix('s')}_ratio"
+        ends = rows[name].get(f"{value}_interval") or ()
+        return _entry(f["subjects"][name], rows[name].get(value), *ends)
 
     return [(heading, [*map(entry, names)]) for heading, names in f[kind].items()]
 

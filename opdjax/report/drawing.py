@@ -229,8 +229,6 @@ def lines(
         for axis, is_log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
             if is_log:
                 axis.set_ticks(log_ticks(*axis.get_view_interval(), 200))
-        if log_x and len(places) <= 6:
-            axes.set_xticks(places)
         if categories:
             every = math.ceil(len(categories) / 6)
             axes.set_xticks(range(0, len(categories), every), categories[::every])
@@ -351,11 +349,11 @@ Groups = Sequence[tuple[str, Sequence[Entry]]]  # a heading and its rows
 def rows_of(title: str, groups: Groups, x: str, limit: float | None = None) -> Markup:
     """A row for each entry: degrees from 0 to `limit`, or without it ratios from 1, logarithmic."""
     rows = [row for heading, entries in groups if entries for row in (heading, *entries)]
-    marks = [(y + 0.5, row) for y, row in enumerate(rows) if isinstance(row, Entry)]
-    values = finite(value for _, row in marks for value in (row.value, row.low, row.high))
-    if not marks:
+    every = [row for row in rows if isinstance(row, Entry)]
+    values = finite(value for row in every for value in (row.value, row.low, row.high))
+    if not every:
         return NOTHING
-    left = min(10 + LETTER * max(len(row.label) for _, row in marks), 300)
+    left = min(10 + LETTER * max(len(row.label) for row in every), 300)
     size = (520, 54 + 26 * len(rows))
 
     def paint(canvas: Any) -> None:
@@ -369,11 +367,11 @@ def rows_of(title: str, groups: Groups, x: str, limit: float | None = None) -> M
         axes.set_yticks([])
         beside = {"transform": axes.get_yaxis_transform(), "va": "center"}
         start = left / (16 + left - size[0])  # edge of the figure
-        for y, row in enumerate(rows):
-            is_heading = isinstance(row, str)
-            style = {"color": MUTED, "weight": "bold"} if is_heading else {"color": INK}
-            axes.text(start, y + 0.5, row if is_heading else row.label, **beside, **style)
-        for y, row in marks:
+        for y, row in zip(np.arange(len(rows)) + 0.5, rows):
+            if isinstance(row, str):
+                axes.text(start, y, row, **beside, color=MUTED, weight="bold")
+                continue
+            axes.text(start, y, row.label, **beside)
             if is_number(row.value):
                 _mark(axes, row, y)
 

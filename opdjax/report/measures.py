@@ -15,14 +15,6 @@ _POSITION = re.compile(r"kl/position/(\d+)-(\d+)")
 Bucket = tuple[int, int]  # first and last completion token, both included
 
 
-def evaluated(run: Run) -> list[dict[str, Any]]:
-    """The evaluations at the temperature of the config, by step."""
-    temperature = next(iter(run.config.get("evaluation", {}).get("temperatures", ())), None)
-    rows = (row for row in run.evaluations if row.get("temperature") == temperature)
-    by_step = {row["step"]: row for row in rows if "avg@k" in row}
-    return [by_step[step] for step in sorted(by_step)]
-
-
 def totals(run: Run, axis: str, steps: Iterable[int]) -> list[float] | None:
     """The total spent up to each of the steps, in units of the axis; None if not recorded."""
     found = [run.total_at(axis, step) for step in steps]

@@ -27,11 +27,12 @@ _PROMPTS = 6  # whose answers are shown
 
 def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The facts of the run in a work directory; `failure` is the content of failure.json."""
-    estimator, rows = run.config["estimator"], measures.evaluated(run)
+    estimator, rows = run.config["estimator"], run.evaluated
     recipe = RECIPES.get(estimator["recipe"])  # None for one that this version does not have
     options = {name: v for name, v in estimator.items() if v is not None and name != "recipe"}
     steps, length = run.column("step"), measures.end_length(len(run.metrics))
     keys = dict.fromkeys(key for row in run.metrics for key in row if key != "step")
+    answered = [row for row in (*rows[:1], *rows[1:][-1:]) if row.get("answers")]
     losses = zip(run.metrics, run.column("loss/objective"))
     return {
         "name": run.workdir.resolve().name,
@@ -80,7 +81,7 @@ def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, A
         "spent": _spent(run, [row["step"] for row in rows]),  # up to each evaluation, by axis
         "positions": _positions(run, length),  # (early, late) KL by position
         "rollouts": _rollouts(run),
-        "answers": _answers(run),
+        "answers": side_by_side({f"step {row['step']:,}": row for row in answered}),
         "staleness": staleness_facts(run),
         "filtering": filter_facts(run),
         "timeline": timeline_facts(run),
@@ -97,12 +98,9 @@ _LONG = ("answers", "per_prompt", "per_prompt_greedy", "per_prompt_pass")  # not
 
 def _divergences(run: Run) -> list[dict[str, Any]]:
     """The held-out divergences by step, without their sums by prompt."""
-    by_step = {row["step"]: row for row in run.divergences}
     without = lambda row: {name: v for name, v in row.items() if name not in _LONG}
-    return [
-        by_step[step] | {who: without(by_step[step][who]) for who in ("student", "teacher")}
-        for step in sorted(by_step)
-    ]
+    both = ("student", "teacher")
+    return [row | {who: without(row[who]) for who in both} for row in run.divergences]
 
 
 def _is_kl_sampled(run: Run, recipe: Recipe | None) -> bool:
@@ -124,23 +122,6 @@ def _positions(run: Run, length: int) -> dict[str, tuple[float | None, float | N
     early, late = map(measures.kl_by_position, (run.metrics[:length], run.metrics[-length:]))
     buckets = sorted(early.keys() | late.keys())
     return {measures.bucket_label(each): (early.get(each), late.get(each)) for each in buckets}
-
-
-def _answers(run: Run) -> dict[str, Any] | None:
-    """The first and the last greedy answers to the same held-out prompts, and how often their
-    grades changed; None if answers were recorded once only.
-    """
-    graded = [row for row in measures.evaluated(run) if row.get("answers")]
-    if len(graded) < 2:
-        return None
-    ends = {f"step {row['step']:,}": row for row in (graded[0], graded[-1])}
-    first, last = (
-        {prompt_text(each["prompt"]): bool(each["is_right"]) for each in row["answers"]}
-        for row in ends.values()
-    )
-    pairs = [(is_right, last[prompt]) for prompt, is_right in first.items() if prompt in last]
-    counts = {"num_gained": pairs.count((False, True)), "num_lost": pairs.count((True, False))}
-    return counts | {"num_prompts": len(pairs), "prompts": side_by_side(ends)}
 
 
 def side_by_side(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -267,7 +248,7 @@ def against_facts(run: Run, other: Run, names: tuple[str, str]) -> dict[str, Any
         "names": names,
         "seeds": [each.config["seed"] for each in runs],
         "notices": notices,
-        "scores": _scores(runs, is_paired=is_paired) | _distances(runs, is_paired=is_paired),
+        "scores": _scores(runs, is_paired=is_paired),
         "costs": {axis: each for axis, each in spent.items() if all(map(is_number, each))},
         "differences": {part: differing(each) for part, each in parts.items()},  # by field
     }
@@ -292,30 +273,25 @@ def _scores(runs: Sequence[Run], *, is_paired: bool) -> dict[str, list[tuple[Any
     minus the second, paired by prompt, if they can be.
     """
     found = {}
+    both = lambda rows, name: [(row.get(name), row.get(f"{name}_interval")) for row in rows]
+    same = lambda rows, *names: all(rows[0].get(name) == rows[1].get(name) for name in names)
+    is_one_source = same([each.config["evaluation"] for each in runs], "source")
     for moment in ("before", "after"):
-        both = [(each.result or {}).get(f"eval_{moment}", {}) for each in runs]
+        rows = [(each.result or {}).get(f"eval_{moment}", {}) for each in runs]
         for name in measures.SCORES:
-            values = [(row.get(name), row.get(f"{name}_interval")) for row in both]
-            one, two = (row.get(_HITS.get(name)) or [] for row in both)
-            if is_paired and both[0].get("n") == both[1].get("n") and len(one) == len(two) > 0:
-                trials = both[0]["n"] if name == "avg@k" else 1
+            values = both(rows, name)
+            one, two = (row.get(_HITS.get(name)) or [] for row in rows)
+            if is_paired and same(rows, "n") and len(one) == len(two) > 0:
+                trials = rows[0]["n"] if name == "avg@k" else 1
                 values.append(seed_interval([(a - b) / trials for a, b in zip(one, two)]))
             if any(is_number(value) for value, _ in values):
                 found[f"{name} {moment} training"] = values
-    return found
-
-
-def _distances(runs: Sequence[Run], *, is_paired: bool) -> dict[str, list[tuple[Any, ...]]]:
-    """As `_scores`: KL(student || teacher) on held-out prompts, on the answers of each writer."""
-    found = {}
-    sources = {each.config["evaluation"]["source"] for each in runs}
-    for moment in ("before", "after"):
         rows = [(each.result or {}).get(f"divergence_{moment}", {}) for each in runs]
-        asked = [[row.get(name) for name in ("temperature", "num_prompts", "n")] for row in rows]
+        is_same = is_paired and is_one_source and same(rows, "temperature", "num_prompts", "n")
         for writer in ("student", "teacher") if any(rows) else ():
-            both = [row.get(writer, {}) for row in rows]
-            values = [(row.get("reverse_kl"), row.get("reverse_kl_interval")) for row in both]
-            if is_paired and asked[0] == asked[1] and len(sources) == 1:
-                values.append(paired_ratios(*(row["per_prompt"] for row in both)))
+            own = [row.get(writer, {}) for row in rows]
+            values = both(own, "reverse_kl")
+            if is_same:
+                values.append(paired_ratios(*(row["per_prompt"] for row in own)))
             found[f"KL(S || T) {moment} training, {writer}'s answers"] = values
     return found

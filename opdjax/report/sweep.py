@@ -74,12 +74,11 @@ def sweep_facts(points: Sequence[Point], name: str) -> dict[str, Any]:
     first, *others = [measures.leaves(point.config) for point in points]
     varying = differing([first, *others])
     ahead = [arm for arm in arms if arm.numbers["staleness KL"]]
+    last = {arm.name: run.evaluated[-1:] for arm in arms for run in arm.runs[:1]}
     scores = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
     return {
         "name": name,
-        "k": _agreed(
-            row.get("k") for arm in every for run in arm.runs for row in measures.evaluated(run)
-        ),
+        "k": _agreed(row.get("k") for arm in every for run in arm.runs for row in run.evaluated),
         "notices": [*_notices(finished, list(runs.values())), *damaged],
         "arms": arms,
         # The arms that share the highest score, at three digits.
@@ -98,18 +97,12 @@ def sweep_facts(points: Sequence[Point], name: str) -> dict[str, Any]:
             for name in _METRICS
         },
         "answers": side_by_side(
-            {arm.name: row for arm in arms if (row := _last_answers(arm.runs))}
+            {name: row for name, rows in last.items() for row in rows if row.get("answers")}
         ),
         "points": [_point(point, runs.get(point.workdir)) for point in points],
         "papers": compare_all(points),
         "common": {name: shown(value) for name, value in first.items() if name not in varying},
     }
-
-
-def _last_answers(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """The last evaluation of the first run; None if it has no answers."""
-    rows = [row for run in runs[:1] for row in measures.evaluated(run) if row.get("answers")]
-    return rows[-1] if rows else None
 
 
 def _readable(points: Sequence[Point]) -> tuple[list[Point], dict[pathlib.Path, Run], list[str]]:
@@ -138,8 +131,8 @@ def _agreed(values: Iterable[Any]) -> Any:
 def _notices(finished: Sequence[Run], runs: Sequence[Run]) -> list[str]:
     """What runs should share and do not, and graders that found nothing right."""
     found = []
-    parts = {"prompts": "data", "evaluation": "evaluation"}
-    for digest, part in (parts | {model: model for model in ("student", "teacher")}).items():
+    for digest in ("prompts", "evaluation", "student", "teacher"):
+        part = "data" if digest == "prompts" else digest
         digests: dict[str, set[str]] = collections.defaultdict(set)
         for run in finished:  # a run without a teacher has no digest of one
             digests[repr(run.config.get(part))] |= {run.data.get(digest)} - {None}
@@ -237,20 +230,17 @@ def _band(x: Iterable[float], values: Iterable[Interval | None], slot: int, **st
 
 def _curves(arms: Sequence[Arm], axis: str) -> dict[str, Lines]:
     """The scores during training; a score that no arm has at two steps is left out."""
-    found = {
-        score: {arm.name: line for arm in arms if (line := _score_line(arm, axis, score))}
-        for score in measures.SCORES
-    }
-    is_curve = lambda lines: any(len(line.x) > 1 for line in lines.values())
-    return {score: lines for score, lines in found.items() if is_curve(lines)}
+    found = {}
+    for score in measures.SCORES:
+        lines = {arm.name: line for arm in arms if (line := _score_line(arm, axis, score))}
+        if any(len(line.x) > 1 for line in lines.values()):
+            found[score] = lines
+    return found
 
 
 def _score_line(arm: Arm, axis: str, score: str) -> Line | None:
     """A score at the steps where every run of the arm was evaluated."""
-    found = [
-        {row["step"]: row[score] for row in measures.evaluated(run) if score in row}
-        for run in arm.runs
-    ]
+    found = [{row["step"]: row[score] for row in run.evaluated if score in row} for run in arm.runs]
     steps = sorted(set.intersection(*map(set, found))) if found else []
     spent = [measures.totals(run, axis, steps) for run in arm.runs]
     if not steps or None in spent:

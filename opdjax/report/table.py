@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from opdjax.report.measures import SCORES
-from opdjax.report.papers.compare import Cell, Comparison, Interval, Verdict, compare, finite
-from opdjax.report.papers.tables import paper_named, paper_tables
+from opdjax.report.papers import compare
+from opdjax.report.papers.compare import Cell, Comparison, Verdict
 from opdjax.runs.results import (
     DIVERGENCES,
     Point,
@@ -140,7 +140,7 @@ def _row(group: SeedGroup) -> dict[str, Any]:
     """A setting, the mean and interval of its runs in each column, their number, missing points."""
     runs = read_group(group)
     found = {name: column_interval(name, runs) for name in COLUMNS}
-    values = {name: finite(*interval) for name, interval in found.items() if interval}
+    values = {name: compare.finite(*interval) for name, interval in found.items() if interval}
     about = {"overrides": group.overrides, "values": values}
     return about | {"n": len(runs), "missing": group.missing}
 
@@ -165,7 +165,9 @@ def interval(values: Iterable[float | None]) -> tuple[float, float] | None:
 
 def list_of_papers() -> str:
     """A line per table of a paper: name, title and paper."""
-    return "\n".join(f"{name:22}{of.title} ({of.paper})" for name, of in paper_tables().items())
+    return "\n".join(
+        f"{name:22}{of.title} ({of.paper})" for name, of in compare.paper_tables().items()
+    )
 
 
 def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown") -> str:
@@ -176,8 +178,8 @@ def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown")
     """
     is_all = name == "all"
     points = read_points(directory)
-    tables = paper_tables().values() if is_all else [paper_named(name)]
-    found = [compare(of, points) for of in tables]
+    tables = compare.paper_tables().values() if is_all else [compare.paper_named(name)]
+    found = [compare.compare(of, points) for of in tables]
     found = [each for each in found if each.is_run or not is_all]
     if not found:
         raise WorkdirError(
@@ -252,7 +254,7 @@ def _ours(cell: Cell, unit: str) -> str:
     return f"≥ {shown} ({n}, {len(cell.censored)} never)" if cell.censored else f"{shown} ({n})"
 
 
-def _significant(found: Interval | None, unit: str = "") -> str:
+def _significant(found: compare.Interval | None, unit: str = "") -> str:
     if found is None:
         return ""
     mean = abs(found[0])

@@ -83,10 +83,16 @@ class Run:
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """(step, score) of all evaluations at the temperature of the config, by step."""
-        temperature = self.config["evaluation"]["temperatures"][0]
-        rows = [row for row in self.evaluations if row["temperature"] == temperature]
-        scores = [(row["step"], _score(row, name)) for row in rows]
-        return sorted((step, score) for step, score in scores if score is not None)
+        scores = ((row["step"], _score(row, name)) for row in self.evaluated)
+        return [(step, score) for step, score in scores if score is not None]
+
+    @property
+    def evaluated(self) -> list[dict[str, Any]]:
+        """The evaluations at the temperature of the config, by step."""
+        temperature = next(iter(self.config.get("evaluation", {}).get("temperatures", ())), None)
+        rows = (row for row in self.evaluations if row.get("temperature") == temperature)
+        by_step = {row["step"]: row for row in rows if "avg@k" in row}
+        return [by_step[step] for step in sorted(by_step)]
 
     @property
     def gain(self) -> float | None:

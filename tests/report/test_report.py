@@ -836,9 +836,11 @@ def test_kl_by_position_averages_over_the_steps_that_reached_it(tmp_path):
 
 
 def test_extra_temperatures_are_not_part_of_the_curve(tmp_path):
-    assert [
-        (r["step"], r["avg@k"]) for r in measures.evaluated(read_run(write_run(tmp_path / "run")))
-    ] == [(0, 0.409), (3, 0.5), (6, 0.57)]
+    assert [(r["step"], r["avg@k"]) for r in read_run(write_run(tmp_path / "run")).evaluated] == [
+        (0, 0.409),
+        (3, 0.5),
+        (6, 0.57),
+    ]
 
 
 def test_charts_use_variables_and_no_font_of_their_own():
