@@ -95,9 +95,7 @@ def _inline(svg: str) -> Markup:
 
 
 def _plain(element: str) -> str:
-    """One SVG element with CSS variables, without its font and the ids that nothing refers to,
-    coordinates to two decimals.
-    """
+    """An SVG element with CSS variables and short numbers, without its font and ids without use."""
     unused = r' id="[A-Za-z][A-Za-z\d.]*_\d+"| font-family: [^;"]*;?| transform="rotate\(-0 [^"]*"'
     element = re.sub(unused, "", element)
     short = lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
@@ -139,8 +137,8 @@ def finite(values: Iterable[float | None]) -> list[float]:
 # Ticks
 
 
-def tick(value: float, _: int | None = None) -> str:
-    """A short number for an axis: 0.25, 40k, 1.5M, 3e-4. A formatter for matplotlib's ticks."""
+def tick(value: float) -> str:
+    """A short number for an axis: 0.25, 40k, 1.5M, 3e-4."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if unit == 'k' else size):g}{unit}".replace("-", "−")
@@ -156,9 +154,7 @@ def linear_ticks(axis: Any, most: int = 5, unit: str = "", *, integer: bool = Fa
 
 
 def log_ticks(low: float, high: float, width: float) -> list[float]:
-    """As many round numbers, up to six and 1 among them, as have labels that do not touch on an
-    axis of this width.
-    """
+    """Up to six round numbers, 1 among them, whose labels do not touch on an axis of this width."""
     within = ((1, 1.2, 1.5, 2, 3, 5, 8), (1, 2, 5), (1, 3))
     for steps, every in (*((steps, 1) for steps in within), *(((1,), n) for n in range(1, 99))):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -251,9 +247,7 @@ def curves(
 
 
 def smoothed(steps: Sequence[float], values: Sequence[float | None], slot: int = 0) -> list[Line]:
-    """A faint line through every step, and a strong one smoothed where there are enough steps; of a
-    metric that most steps lack, a line through the known values.
-    """
+    """A faint line of all steps and a strong smoothed one; one line where most steps lack a value."""
     window = smoothing_window(len(steps))
     known = [(step, value) for step, value in zip(steps, values) if is_number(value)]
     if 2 * len(known) < len(steps):

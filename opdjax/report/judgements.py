@@ -329,9 +329,7 @@ def summary(groups: Sequence[JudgedGroup]) -> dict[str, Any]:
 
 
 def pass_rate(groups: Sequence[JudgedGroup], *, of_references: bool = False) -> Rate | None:
-    """Share of criteria met, without weights, over rollouts (or references) with verdicts; None
-    without verdicts.
-    """
+    """Share of criteria that rollouts (or references) meet, unweighted; None without verdicts."""
     return _rate(groups, lambda row: (row.reference_met if of_references else row.met).ravel())
 
 
@@ -366,9 +364,7 @@ def _signal(rows: Iterable[JudgedRow]) -> dict[str, float | None]:
 
 
 def _truth(groups: Iterable[JudgedGroup]) -> dict[str, Any]:
-    """Scores of right and wrong answers: `auc` over all pairs of a right and a wrong rollout, and
-    shares of the `num_pairs` inside of groups.
-    """
+    """Scores of right and wrong answers: `auc` of all pairs, shares of the pairs of one group."""
     known = [
         (group.scores[has], correct[has])
         for group in groups

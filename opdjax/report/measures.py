@@ -23,9 +23,7 @@ def totals(run: Run, axis: str, steps: Iterable[int]) -> list[float] | None:
 
 
 def spent(run: Run, axis: str) -> float | None:
-    """The total cost in units of the axis, None if not recorded; seconds of a finished run are
-    those of its result.
-    """
+    """The total cost in units of the axis, None if unknown; of seconds, that of the result."""
     if axis == "seconds" and run.seconds is not None:
         return run.seconds
     found = totals(run, axis, [run.metrics[-1]["step"]]) if run.metrics else None
@@ -33,9 +31,7 @@ def spent(run: Run, axis: str) -> float | None:
 
 
 def end_length(num_steps: int) -> int:
-    """Number of first and of last steps that are compared: a tenth, at least ten, but never more
-    than half, so that no step is on both sides.
-    """
+    """Number of first and of last steps that are compared: a tenth, at least ten, at most half."""
     return max(1, min(max(10, num_steps // 10), num_steps // 2))
 
 

@@ -240,13 +240,10 @@ def _length(spans: Iterable[Span]) -> float:
 
 
 def _kinds(spans: Sequence[Span]) -> dict[str, dict[str, float | None]]:
-    """Of each kind of span of a process, in the order of KINDS, and of time in no span; `share` is
-    of the time from the first span to the last.
-    """
+    """Of each kind of span and of time in no span; shares are of the time from first to last."""
     length, found = spans[-1].end - spans[0].start, {}
-    by_kind: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for span in spans:
-        by_kind.setdefault(span.what, []).append(span.seconds)
+    kinds = dict.fromkeys([*KINDS, *(span.what for span in spans)])
+    by_kind = {kind: [span.seconds for span in spans if span.what == kind] for kind in kinds}
     rest = length - _length(spans)
     by_kind["in no span"] = [rest] if rest > 5e-4 * length else []
     for kind, seconds in by_kind.items():
@@ -268,9 +265,6 @@ def _speeds(run: Run, learner: Sequence[Span], seconds: float) -> dict[str, Any]
     speeds = (sum(tokens[skip:]), sum(updates[skip:])), (sum(tokens), seconds)
     alone, whole = speeds if np.all(speeds) else (None, None)
     return {"alone": alone, "is_first_left_out": bool(alone and skip), "whole": whole}
-
-
-# For the drawing
 
 
 def shares_of_time(lanes: Lanes, length: float) -> tuple[np.ndarray, dict[str, Shares]]:

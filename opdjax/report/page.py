@@ -20,16 +20,7 @@ import jinja2
 from markupsafe import Markup
 
 from opdjax.config import PACKAGE, rubrics
-from opdjax.report import (
-    audit,
-    drawing,
-    judgements,
-    measures,
-    near_policy,
-    run,
-    table,
-    text,
-)
+from opdjax.report import audit, drawing, judgements, measures, near_policy, run, table, text
 from opdjax.report.sweep import sweep_facts
 from opdjax.runs import statistics
 from opdjax.runs.results import FAILURE, is_number, is_sweep, read_points, read_run

@@ -32,7 +32,6 @@ def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, A
     options = {name: v for name, v in estimator.items() if v is not None and name != "recipe"}
     steps, length = run.column("step"), measures.end_length(len(run.metrics))
     keys = dict.fromkeys(key for row in run.metrics for key in row if key != "step")
-    answered = [row for row in (*rows[:1], *rows[1:][-1:]) if row.get("answers")]
     losses = zip(run.metrics, run.column("loss/objective"))
     return {
         "name": run.workdir.resolve().name,
@@ -81,7 +80,7 @@ def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, A
         "spent": _spent(run, [row["step"] for row in rows]),  # up to each evaluation, by axis
         "positions": _positions(run, length),  # (early, late) KL by position
         "rollouts": _rollouts(run),
-        "answers": side_by_side({f"step {row['step']:,}": row for row in answered}),
+        "answers": side_by_side({f"step {row['step']:,}": row for row in rows[:1] + rows[1:][-1:]}),
         "staleness": staleness_facts(run),
         "filtering": filter_facts(run),
         "timeline": timeline_facts(run),
@@ -131,7 +130,7 @@ def side_by_side(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: dict[str, dict[tuple[str, bool], list[str]]] = {}
     references = {}
     for name, row in rows.items():
-        for each in row["answers"]:
+        for each in row.get("answers") or ():
             prompt, answer = prompt_text(each["prompt"]), (each["completion"], each["is_right"])
             references[prompt] = each["answer"]
             found.setdefault(prompt, {}).setdefault(answer, []).append(name)

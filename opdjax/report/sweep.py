@@ -74,7 +74,6 @@ def sweep_facts(points: Sequence[Point], name: str) -> dict[str, Any]:
     first, *others = [measures.leaves(point.config) for point in points]
     varying = differing([first, *others])
     ahead = [arm for arm in arms if arm.numbers["staleness KL"]]
-    last = {arm.name: run.evaluated[-1:] for arm in arms for run in arm.runs[:1]}
     scores = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
     return {
         "name": name,
@@ -97,7 +96,7 @@ def sweep_facts(points: Sequence[Point], name: str) -> dict[str, Any]:
             for name in _METRICS
         },
         "answers": side_by_side(
-            {name: row for name, rows in last.items() for row in rows if row.get("answers")}
+            {arm.name: row for arm in arms for run in arm.runs[:1] for row in run.evaluated[-1:]}
         ),
         "points": [_point(point, runs.get(point.workdir)) for point in points],
         "papers": compare_all(points),

@@ -94,9 +94,6 @@ def count(amount: int, noun: str) -> str:
     return f"{amount:,} {noun}" + ("" if amount == 1 else "s")
 
 
-# Text
-
-
 def listed(words: Sequence[str]) -> str:
     """Such as a, b and c."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

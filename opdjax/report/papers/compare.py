@@ -149,10 +149,8 @@ def paper_named(name: str) -> PaperTable:
     """The table with this name; ConfigError if there is none."""
     tables = paper_tables()
     if name not in tables:
-        names = ", ".join(tables)
-        raise ConfigError(
-            f"there is no table {name!r}; {nearest(name, tables)}; the names are {names}"
-        )
+        advice = f"{nearest(name, tables)}; the names are {', '.join(tables)}"
+        raise ConfigError(f"there is no table {name!r}; {advice}")
     return tables[name]
 
 
@@ -429,9 +427,7 @@ def _verdict(claim: PaperClaim, column: PaperColumn, cells: Cells) -> Verdict:
 
 
 def compare_all(points: Sequence[Point]) -> dict[str, Any]:
-    """The comparisons of all tables that have points here, and the errors, by name, of those whose
-    runs do not compare.
-    """
+    """The comparisons of the tables that have points here, and by name the errors of others."""
     found, refused = [], {}
     for name, table in paper_tables().items():
         try:
