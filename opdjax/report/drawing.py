@@ -247,7 +247,7 @@ def curves(
 
 
 def smoothed(steps: Sequence[float], values: Sequence[float | None], slot: int = 0) -> list[Line]:
-    """A faint line of all steps and a strong smoothed one; one line where most steps lack a value."""
+    """A faint line of all steps and a strong smoothed one; one line where most lack a value."""
     window = smoothing_window(len(steps))
     known = [(step, value) for step, value in zip(steps, values) if is_number(value)]
     if 2 * len(known) < len(steps):
