@@ -353,7 +353,7 @@ def rows_of(title: str, groups: Groups, x: str, limit: float | None = None) -> M
     def paint(canvas: Any) -> None:
         axes = axes_in(canvas, (left, 16, 4, 50), "x", x)
         if limit is None:
-            _ratio_scale(axes, values, size[0] - left)
+            _ratio_scale(axes, values, size[0] - left - 16)
         else:
             linear_ticks(axes.xaxis, 4, unit="°")
             axes.set_xlim(0, limit)
