@@ -273,7 +273,7 @@ def test_a_model_card_describes_the_run(exported):
         "jax " + jax.__version__,
     ):
         assert text in card, card
-    assert card.count("± 0.2500 | ") == len(DIVERGENCES)
+    assert card.count("± 0.2500 |\n") == len(DIVERGENCES)
     assert "base_model" not in card  # a local directory is not a model of the hub
 
 
