@@ -19,7 +19,7 @@ from opdjax.config import EstimatorConfig, NearPolicyConfig
 from opdjax.config.experiments import config_beside
 from opdjax.config.grid import SweepPoint, arms, chain, points, product, seeds, vary
 
-STEPS, PROMPTS, LENGTH = 24, 8, 48
+STEPS, PROMPTS, LENGTH = 16, 8, 48
 
 
 def recipe(name: str, **options) -> dict:
@@ -71,7 +71,7 @@ def get_sweep() -> list[SweepPoint]:
         sampling=replace(paper.sampling, max_completion_length=LENGTH),
         train=replace(paper.train, num_steps=STEPS, prompts_per_step=PROMPTS),
         evaluation=replace(
-            paper.evaluation, num_prompts=48, max_completion_length=LENGTH, every=STEPS // 2
+            paper.evaluation, num_prompts=32, max_completion_length=LENGTH, every=STEPS // 2
         ),
         checkpoint=replace(paper.checkpoint, every=STEPS // 2),
     )
