@@ -28,11 +28,13 @@ from opdjax.runs.statistics import (
     score_label,
 )
 from opdjax.runs.workdir import (
+    NUMBER,
     WorkdirError,
     read_json,
     read_lines,
     read_run_config,
     refuse_if,
+    require,
 )
 
 POINT, FAILURE, RESULT = "point.json", "failure.json", "result.json"
@@ -343,7 +345,8 @@ def make_result(
     `counts`: `num_steps`, those that were done, skipped steps and prompts. `student`: the exported
     student, relative to the workdir.
     """
-    seconds = sum(row["time/step"] for row in read_lines(workdir / "metrics.jsonl"))
+    steps = read_lines(workdir / "metrics.jsonl", **{"time/step": NUMBER})
+    seconds = sum(row["time/step"] for row in steps)
     result: dict[str, Any] = {
         "recipe": config.estimator.recipe,
         "rows_per_step": config.rows_per_step,
@@ -353,13 +356,19 @@ def make_result(
     }
     evaluation = config.evaluation
     if evaluation.measures:
-        rows = {row["step"]: row for row in read_lines(workdir / "divergence.jsonl")}
+        file = workdir / "divergence.jsonl"
+        rows = {row["step"]: row for row in read_lines(file)}
         before, after = (rows[step] for step in (0, counts["num_steps"]))
+        for row in (before, after):
+            require_divergences(row, file)
         result |= {"divergence_before": before, "divergence_after": after}
     if not evaluation.grades:
         return result
-    found = {(row["step"], row["temperature"]): row for row in read_lines(workdir / "eval.jsonl")}
+    file = workdir / "eval.jsonl"
+    found = {(row["step"], row["temperature"]): row for row in read_lines(file)}
     before, after = (found[step, evaluation.temperature] for step in (0, counts["num_steps"]))
+    for row in (before, after):
+        require_scores(row, file)
     change = {}
     counted = ("avg@k", "per_prompt", before["k"]), ("greedy", "per_prompt_greedy", 1)
     for name, field, k in counted:
@@ -370,16 +379,32 @@ def make_result(
     return result
 
 
+def require_scores(row: dict[str, Any], file: pathlib.Path) -> dict[str, Any]:
+    """A row of eval.jsonl at the config's temperature; WorkdirError if it lacks scores."""
+    scores = dict.fromkeys(("avg@k", "pass@k", "greedy"), NUMBER)
+    lists = {"per_prompt": list, "per_prompt_greedy": list}
+    return require(row, f"{file}, the row of step {row['step']},", k=int, **scores, **lists)
+
+
+def require_divergences(row: dict[str, Any], file: pathlib.Path) -> dict[str, Any]:
+    """A row of divergence.jsonl; WorkdirError if it lacks a measure of an answer's writer."""
+    for writer in ("student", "teacher"):
+        place = f"{file}, {writer} of the row of step {row['step']},"
+        require(row[writer], place, **dict.fromkeys(DIVERGENCES, float))
+    return row
+
+
 def evaluations_since_best(workdir: pathlib.Path, config: Config, step: int) -> int:
     """Evaluations after the best one, the first of equals, up to and with `step`: by avg@k, or if
     no answers are graded by KL(student || teacher).
     """
     if config.evaluation.grades:
-        rows = read_lines(workdir / "eval.jsonl")
+        rows = read_lines(workdir / "eval.jsonl", **{"avg@k": NUMBER})
         rows = [row for row in rows if row["temperature"] == config.evaluation.temperature]
         score = lambda row: row["avg@k"]
     else:
         rows = read_lines(workdir / "divergence.jsonl")
+        rows = [require_divergences(row, workdir / "divergence.jsonl") for row in rows]
         score = lambda row: -row["student"]["reverse_kl"]
     rows = sorted((row for row in rows if row["step"] <= step), key=lambda row: row["step"])
     scores = [score(row) for row in rows]

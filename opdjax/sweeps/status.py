@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from opdjax.config.grid import SweepPoint
 from opdjax.runs.object_store import in_parallel
-from opdjax.runs.results import RESULT, mean, status_of
+from opdjax.runs.results import RESULT, is_number, mean, status_of
 from opdjax.runs.statistics import score_label
 from opdjax.runs.workdir import num_cores, read_json, read_lines, read_run_config
 from opdjax.sweeps.claims import ATTEMPTS, Heartbeat, SweepDirectory, open_sweep
@@ -52,7 +52,8 @@ def seconds_per_point(points: Sequence[SweepPoint], sweep: SweepDirectory) -> fl
     """Mean duration of finished points, summed over their attempts; None if none has finished."""
     done = [id for id, state in states_of(points, sweep).items() if state == "done"]
     rows = [read_lines(sweep.path / id / ATTEMPTS) for id in done]
-    spent = (sum(row.get("seconds", 0.0) for row in attempts) for attempts in rows)
+    seconds = lambda row: row["seconds"] if is_number(row.get("seconds")) else 0.0
+    spent = (sum(map(seconds, attempts)) for attempts in rows)
     return mean(filter(None, spent))
 
 

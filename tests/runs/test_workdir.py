@@ -18,6 +18,7 @@ from opdjax.config import (
 )
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import ConfigError, from_dict, to_dict
+from opdjax.runs.results import evaluations_since_best, make_result
 from opdjax.runs.workdir import (
     SPENDING,
     RowCounter,
@@ -27,6 +28,7 @@ from opdjax.runs.workdir import (
     claim,
     cut_lines,
     environment,
+    first_day,
     locked,
     read_config,
     read_lines,
@@ -416,5 +418,50 @@ def test_spending_that_only_grew_on_paper_is_said(counted, capsys):
 def test_a_row_without_a_step_is_named(counted):
     workdir, before = counted
     (workdir / "metrics.jsonl").write_text('{"loss": 1}\n')
-    with pytest.raises(WorkdirError, match="metrics.jsonl has a row without its step"):
+    told = "metrics.jsonl, line 1 is damaged: `step` is missing; expected a whole number"
+    with pytest.raises(WorkdirError, match=told):
         check_logs(workdir, 4, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "told"),
+    [
+        (SPENDING, '{"step": 1, "role": "verifier"}', "`dollars` is missing; expected a finite"),
+        (SPENDING, '{"step": 1, "dollars": "2"}', '`dollars` is "2"; expected a finite number'),
+        (SPENDING, '{"step": 1, "dollars": NaN}', "`dollars` is NaN; expected a finite number"),
+        (SPENDING, '{"step": true, "dollars": 2}', "`step` is true; expected a whole number"),
+        ("frozen_rubrics.jsonl", '{"prompt_id": 1}', "`rubric` is missing; expected a list there"),
+        ("eval.jsonl", '{"step": 0}', "`temperature` is missing"),
+        (
+            "divergence.jsonl",
+            '{"step": 0, "student": []}',
+            r"`student` is \[\]; expected an object",
+        ),
+        ("metrics.jsonl", '{"step": ' + "1" * 6000 + "}", 'b.{"step": 1+.*; expected a JSON'),
+        ("metrics.jsonl", "[" * 200_000, ".* expected a JSON object"),
+    ],
+)
+def test_a_row_that_is_no_row_of_its_log_is_named(tmp_path, name, line, told):
+    good = '{"step": 0, "dollars": 0.5, "prompt_id": 0, "rubric": null, "temperature": 1}'
+    good = good[:-1] + ', "student": {}, "teacher": {}}'
+    (tmp_path / name).write_text(f"{good}\n{line}\n")
+    with pytest.raises(WorkdirError, match=f"{name}, line 2 is damaged: {told}") as found:
+        read_lines(tmp_path / name)
+    assert str(found.value).endswith("Repair it or start in a new work directory")
+    assert "\n" not in str(found.value)
+
+
+def test_a_date_that_is_none_is_named(tmp_path):
+    (tmp_path / "point.json").write_text('{"date": "someday"}')
+    with pytest.raises(
+        WorkdirError, match="point.json has the date 'someday'; expected YYYY-MM-DD"
+    ):
+        first_day(tmp_path)
+
+
+def test_an_evaluation_without_its_scores_is_named(tmp_path):
+    config = Config(evaluation=EvaluationConfig(source="x"))
+    (tmp_path / "eval.jsonl").write_text('{"step": 0, "temperature": 1.0, "avg@k": 0.5}\n')
+    assert evaluations_since_best(tmp_path, config, 0) == 0
+    with pytest.raises(WorkdirError, match="the row of step 0, is damaged: `k` is missing"):
+        make_result(config, tmp_path, {"num_steps": 0}, "student")
