@@ -30,6 +30,7 @@ from opdjax.runs.statistics import (
 from opdjax.runs.workdir import (
     NUMBER,
     WorkdirError,
+    damaged,
     read_json,
     read_lines,
     read_run_config,
@@ -244,18 +245,10 @@ def read_timeline(workdir: pathlib.Path, who: Literal["learner", "generator"]) -
     WorkdirError if a row is damaged.
     """
     file = workdir / f"timeline-{who}.jsonl"
-    spans = []
-    for number, row in enumerate(read_lines(file), 1):
-        fields = ("what", "start", "seconds", "step", "version")
-        what, start, seconds, *counts = map(row.get, fields)
-        is_counted = isinstance(what, str) and all(isinstance(value, int) for value in counts)
-        if not (is_counted and is_number(start) and is_number(seconds) and seconds >= 0):
-            raise WorkdirError(
-                f"{file}, row {number} is no span of time: {json.dumps(row)[:80]}; expected what, "
-                "start, seconds (not below 0), step and version. Only the report reads this file, "
-                "so it may be moved"
-            )
-        spans.append(Span(what, float(start), float(seconds), *counts))
+    types = {"what": str, "start": NUMBER, "seconds": NUMBER, "step": int, "version": int}
+    spans = [Span(*(row[name] for name in types)) for row in read_lines(file, **types)]
+    if wrong := [span for span in spans if span.seconds < 0]:
+        raise damaged(str(file), str(wrong[0]), "seconds of 0 or more")
     return sorted(spans, key=lambda span: span.start)
 
 
@@ -356,19 +349,13 @@ def make_result(
     }
     evaluation = config.evaluation
     if evaluation.measures:
-        file = workdir / "divergence.jsonl"
-        rows = {row["step"]: row for row in read_lines(file)}
+        rows = {row["step"]: row for row in read_lines(workdir / "divergence.jsonl")}
         before, after = (rows[step] for step in (0, counts["num_steps"]))
-        for row in (before, after):
-            require_divergences(row, file)
         result |= {"divergence_before": before, "divergence_after": after}
     if not evaluation.grades:
         return result
-    file = workdir / "eval.jsonl"
-    found = {(row["step"], row["temperature"]): row for row in read_lines(file)}
+    found = {(row["step"], row["temperature"]): row for row in read_lines(workdir / "eval.jsonl")}
     before, after = (found[step, evaluation.temperature] for step in (0, counts["num_steps"]))
-    for row in (before, after):
-        require_scores(row, file)
     change = {}
     counted = ("avg@k", "per_prompt", before["k"]), ("greedy", "per_prompt_greedy", 1)
     for name, field, k in counted:
@@ -377,21 +364,6 @@ def make_result(
     result |= {"eval_before": before, "eval_after": after, "paired_difference": change}
     result["eval_before_sharpened"] = [found[0, t] for t in evaluation.temperatures[1:]]
     return result
-
-
-def require_scores(row: dict[str, Any], file: pathlib.Path) -> dict[str, Any]:
-    """A row of eval.jsonl at the config's temperature; WorkdirError if it lacks scores."""
-    scores = dict.fromkeys(("avg@k", "pass@k", "greedy"), NUMBER)
-    lists = {"per_prompt": list, "per_prompt_greedy": list}
-    return require(row, f"{file}, the row of step {row['step']},", k=int, **scores, **lists)
-
-
-def require_divergences(row: dict[str, Any], file: pathlib.Path) -> dict[str, Any]:
-    """A row of divergence.jsonl; WorkdirError if it lacks a measure of an answer's writer."""
-    for writer in ("student", "teacher"):
-        place = f"{file}, {writer} of the row of step {row['step']},"
-        require(row[writer], place, **dict.fromkeys(DIVERGENCES, float))
-    return row
 
 
 def evaluations_since_best(workdir: pathlib.Path, config: Config, step: int) -> int:
@@ -403,9 +375,9 @@ def evaluations_since_best(workdir: pathlib.Path, config: Config, step: int) -> 
         rows = [row for row in rows if row["temperature"] == config.evaluation.temperature]
         score = lambda row: row["avg@k"]
     else:
-        rows = read_lines(workdir / "divergence.jsonl")
-        rows = [require_divergences(row, workdir / "divergence.jsonl") for row in rows]
-        score = lambda row: -row["student"]["reverse_kl"]
+        rows = read_lines(file := workdir / "divergence.jsonl")
+        place = lambda row: f"{file}, student of step {row['step']},"
+        score = lambda row: -require(row["student"], place(row), reverse_kl=float)["reverse_kl"]
     rows = sorted((row for row in rows if row["step"] <= step), key=lambda row: row["step"])
     scores = [score(row) for row in rows]
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0

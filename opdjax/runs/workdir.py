@@ -280,12 +280,17 @@ def read_lines(file: pathlib.Path, **types: Kind) -> list[dict[str, Any]]:
 
 
 def _row(line: bytes, file: pathlib.Path, number: int, **types: Kind) -> dict[str, Any]:
-    row, place = None, f"{file}, line {number}"
+    return parse_row(line, f"{file}, line {number}", **_FIELDS.get(file.name, {}) | types)
+
+
+def parse_row(line: bytes, place: str, **types: Kind) -> dict[str, Any]:
+    """The JSON object, as `require` demands; WorkdirError, which names the place, if it is none."""
+    row = None
     with contextlib.suppress(ValueError):
         row = parse_json(line)
     if not isinstance(row, dict):
         raise damaged(place, repr(line[:60]), "a JSON object")
-    return require(row, place, **_FIELDS.get(file.name, {}) | types)
+    return require(row, place, **types)
 
 
 def require(row: dict[str, Any], place: str, **types: Kind) -> dict[str, Any]:

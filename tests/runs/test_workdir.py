@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,8 @@ from opdjax.config import (
 )
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import ConfigError, from_dict, to_dict
-from opdjax.runs.results import evaluations_since_best, make_result
+from opdjax.engine.evaluate import evaluate
+from opdjax.runs.results import evaluations_since_best
 from opdjax.runs.workdir import (
     SPENDING,
     RowCounter,
@@ -463,5 +465,15 @@ def test_an_evaluation_without_its_scores_is_named(tmp_path):
     config = Config(evaluation=EvaluationConfig(source="x"))
     (tmp_path / "eval.jsonl").write_text('{"step": 0, "temperature": 1.0, "avg@k": 0.5}\n')
     assert evaluations_since_best(tmp_path, config, 0) == 0
-    with pytest.raises(WorkdirError, match="the row of step 0, is damaged: `k` is missing"):
-        make_result(config, tmp_path, {"num_steps": 0}, "student")
+    evaluator = SimpleNamespace(config=SimpleNamespace(temperature=1.0, temperatures=(1.0,)))
+    with pytest.raises(WorkdirError, match="eval.jsonl, step 0, is damaged: `k` is missing"):
+        evaluate(evaluator, tmp_path, 0, None)
+
+
+def test_a_divergence_without_its_measures_is_named(tmp_path):
+    config = Config(evaluation=EvaluationConfig(source="x", kind="divergence"))
+    row = '{"step": 0, "student": {"reverse_kl": NaN}, "teacher": {}}\n'
+    (tmp_path / "divergence.jsonl").write_text(row + row.replace("NaN", '"0.5"'))
+    told = '`reverse_kl` is "0.5"; expected a number'
+    with pytest.raises(WorkdirError, match=f"student of step 0, is damaged: {told}"):
+        evaluations_since_best(tmp_path, config, 0)
