@@ -134,18 +134,18 @@ def test_another_config_is_refused_with_what_differs(tmp_path):
 
 def test_another_evaluation_is_recorded_unless_its_grader_gives_rewards(tmp_path, capsys):
     claim(tmp_path, Config(), FACTS)
-    append_lines(tmp_path / "eval.jsonl", [{"step": 0}])
+    append_lines(tmp_path / "eval.jsonl", [{"step": 0, "temperature": 1.0}])
     for number, every in enumerate((5, 0), 1):
         claim(tmp_path, Config(evaluation=EvaluationConfig(every=every)), FACTS)
         assert read_config(tmp_path).evaluation.every == every
         changes = json.loads((tmp_path / "config.json").read_text())["evaluation_changes"]
         assert changes[number - 1] == [f"evaluation.every: {5 - every} -> {every}"]
-    assert read_lines(tmp_path / "eval.jsonl") == [{"step": 0}]  # the same scores
+    assert read_lines(tmp_path / "eval.jsonl") == [{"step": 0, "temperature": 1.0}]  # the same scores
 
     facts = FACTS | {"data": FACTS["data"] | {"evaluation": "d2"}}
     claim(tmp_path, Config(evaluation=EvaluationConfig(grader="exact", num_prompts=3)), facts)
     assert read_lines(tmp_path / "eval.jsonl") == []
-    assert read_lines(tmp_path / "eval-3.jsonl") == [{"step": 0}]
+    assert read_lines(tmp_path / "eval-3.jsonl") == [{"step": 0, "temperature": 1.0}]
     assert json.loads((tmp_path / "config.json").read_text())["data"] == facts["data"]
     with pytest.raises(WorkdirError, match="data.evaluation: 'd2' -> 'd3'"):
         claim(
@@ -465,7 +465,7 @@ def test_an_evaluation_without_its_scores_is_named(tmp_path):
     config = Config(evaluation=EvaluationConfig(source="x"))
     (tmp_path / "eval.jsonl").write_text('{"step": 0, "temperature": 1.0, "avg@k": 0.5}\n')
     assert evaluations_since_best(tmp_path, config, 0) == 0
-    evaluator = SimpleNamespace(config=SimpleNamespace(temperature=1.0, temperatures=(1.0,)))
+    evaluator = SimpleNamespace(config=SimpleNamespace(temperature=1.0, temperatures=()))
     with pytest.raises(WorkdirError, match="eval.jsonl, step 0, is damaged: `k` is missing"):
         evaluate(evaluator, tmp_path, 0, None)
 
