@@ -266,7 +266,13 @@ def digests(state: Any) -> dict[str, int]:
 
 def _start_digests(state: Any) -> dict[str, UInt[Array, ""]]:
     """The digests, which the device may still have to compute."""
-    return {name: _jitted_digest()(array) for name, array in _named(state).items()}
+    started = {}
+    for name, array in _named(state).items():
+        started[name] = _jitted_digest()(array)
+        if jax.default_backend() == "cpu" and jax.process_count() > 1:
+            # Collectives of several programs at a time would wait for each other there.
+            started[name].block_until_ready()
+    return started
 
 
 def _numbers(started: dict[str, UInt[Array, ""]]) -> dict[str, int]:

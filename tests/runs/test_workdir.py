@@ -140,7 +140,9 @@ def test_another_evaluation_is_recorded_unless_its_grader_gives_rewards(tmp_path
         assert read_config(tmp_path).evaluation.every == every
         changes = json.loads((tmp_path / "config.json").read_text())["evaluation_changes"]
         assert changes[number - 1] == [f"evaluation.every: {5 - every} -> {every}"]
-    assert read_lines(tmp_path / "eval.jsonl") == [{"step": 0, "temperature": 1.0}]  # the same scores
+    assert read_lines(tmp_path / "eval.jsonl") == [
+        {"step": 0, "temperature": 1.0}
+    ]  # the same scores
 
     facts = FACTS | {"data": FACTS["data"] | {"evaluation": "d2"}}
     claim(tmp_path, Config(evaluation=EvaluationConfig(grader="exact", num_prompts=3)), facts)
