@@ -91,7 +91,7 @@ def _facts(directory: pathlib.Path, against: pathlib.Path | None) -> tuple[str, 
         return "sweep", sweep_facts(read_points(directory), directory.resolve().name)
     if (directory / "config.json").exists():
         file = directory / FAILURE
-        failure = json.loads(file.read_text("utf-8")) if file.exists() else None
+        failure = read_json(file, "delete it") if file.exists() else None
         return "run", run.run_facts(read_run(directory), failure)
     if (directory / AUDIT).exists():
         return "audit", _audit(directory)

@@ -28,11 +28,14 @@ from opdjax.runs.statistics import (
     score_label,
 )
 from opdjax.runs.workdir import (
+    NUMBER,
     WorkdirError,
+    damaged,
     read_json,
     read_lines,
     read_run_config,
     refuse_if,
+    require,
 )
 
 POINT, FAILURE, RESULT = "point.json", "failure.json", "result.json"
@@ -263,18 +266,10 @@ def read_timeline(workdir: pathlib.Path, who: Literal["learner", "generator"]) -
     WorkdirError if a row is damaged.
     """
     file = workdir / f"timeline-{who}.jsonl"
-    spans = []
-    for number, row in enumerate(read_lines(file), 1):
-        fields = ("what", "start", "seconds", "step", "version")
-        what, start, seconds, *counts = map(row.get, fields)
-        is_counted = isinstance(what, str) and all(isinstance(value, int) for value in counts)
-        if not (is_counted and is_number(start) and is_number(seconds) and seconds >= 0):
-            raise WorkdirError(
-                f"{file}, row {number} is no span of time: {json.dumps(row)[:80]}; expected what, "
-                "start, seconds (not below 0), step and version. Only the report reads this file, "
-                "so it may be moved"
-            )
-        spans.append(Span(what, float(start), float(seconds), *counts))
+    types = {"what": str, "start": NUMBER, "seconds": NUMBER, "step": int, "version": int}
+    spans = [Span(*(row[name] for name in types)) for row in read_lines(file, **types)]
+    if wrong := [span for span in spans if span.seconds < 0]:
+        raise damaged(str(file), str(wrong[0]), "seconds of 0 or more")
     return sorted(spans, key=lambda span: span.start)
 
 
@@ -364,7 +359,8 @@ def make_result(
     `counts`: `num_steps`, those that were done, skipped steps and prompts. `student`: the exported
     student, relative to the workdir.
     """
-    seconds = sum(row["time/step"] for row in read_lines(workdir / "metrics.jsonl"))
+    steps = read_lines(workdir / "metrics.jsonl", **{"time/step": NUMBER})
+    seconds = sum(row["time/step"] for row in steps)
     result: dict[str, Any] = {
         "recipe": config.estimator.recipe,
         "rows_per_step": config.rows_per_step,
@@ -396,12 +392,13 @@ def evaluations_since_best(workdir: pathlib.Path, config: Config, step: int) -> 
     no answers are graded by KL(student || teacher).
     """
     if config.evaluation.grades:
-        rows = read_lines(workdir / "eval.jsonl")
+        rows = read_lines(workdir / "eval.jsonl", **{"avg@k": NUMBER})
         rows = [row for row in rows if row["temperature"] == config.evaluation.temperature]
         score = lambda row: row["avg@k"]
     else:
-        rows = read_lines(workdir / "divergence.jsonl")
-        score = lambda row: -row["student"]["reverse_kl"]
+        rows = read_lines(file := workdir / "divergence.jsonl")
+        place = lambda row: f"{file}, student of step {row['step']},"
+        score = lambda row: -require(row["student"], place(row), reverse_kl=float)["reverse_kl"]
     rows = sorted((row for row in rows if row["step"] <= step), key=lambda row: row["step"])
     scores = [score(row) for row in rows]
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0

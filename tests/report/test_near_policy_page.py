@@ -507,7 +507,9 @@ def test_a_damaged_file_is_named(tmp_path):
     (directory / "timeline-learner.jsonl").write_text(
         '{"what": "wait", "start": 1.0, "seconds": -1, "step": 1, "version": 0}\n'
     )
-    with pytest.raises(WorkdirError, match=r"timeline-learner.jsonl, row 1 is no span of time"):
+    with pytest.raises(
+        WorkdirError, match=r"timeline-learner.jsonl is damaged: .*seconds of 0 or more"
+    ):
         read_timeline(directory, "learner")
     (directory / "timeline-learner.jsonl").unlink()
     file = directory / "rollouts" / "00000000" / "filter-00000000.json"

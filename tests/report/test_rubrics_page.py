@@ -530,7 +530,8 @@ def test_what_judges_and_students_write_is_never_html(tmp_path):
         )
     ]
     stages = [judged(2, 1, ((1, 0), (0, 1)), criteria, stage_scores=[[1.0, 0.0], [0.0, 1.0]])]
-    metrics = [judge_metric(1, **{f"api/{NASTY}/calls": 1.0}), judge_metric(2)]
+    spent = {f"api/{NASTY}/calls": 1.0, f"api/{NASTY}/dollars": 0.0}
+    metrics = [judge_metric(1, **spent), judge_metric(2)]
     parser = read(
         write_judged(
             tmp_path / "run",
