@@ -151,7 +151,7 @@ def test_a_table_and_a_report(swept, gcs, monkeypatch, capsys):
         "gs://bucket/tables/a.json",
     )
     assert (code, "wrote gs://bucket/tables/a.json" in out) == (0, True), out
-    assert Folder("gs://bucket/tables").read("a.json").startswith(b"{")
+    assert Folder("gs://bucket/tables").read("a.json").startswith(b"[")
     pytest.importorskip("matplotlib")
     code, out = call(monkeypatch, capsys, "report", swept.url)
     assert (code, "wrote gs://bucket/sweep/report.html" in out) == (0, True), out
