@@ -60,6 +60,7 @@ class Run:
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    divergences: list[dict[str, Any]]  # rows of divergence.jsonl
     samples: list[dict[str, Any]]
     result: dict[str, Any] | None
 
@@ -76,17 +77,36 @@ class Run:
         """
         return _score((self.result or {}).get(f"eval_{when}", {}), name)
 
+    def divergence(
+        self, name: str, writer: Literal["student", "teacher"] = "student", when: str = "after"
+    ) -> float | None:
+        """One of `DIVERGENCES` after (or before) training, on the answers of the writer."""
+        found = (self.result or {}).get(f"divergence_{when}", {}).get(writer, {}).get(name)
+        return found if is_number(found) else None
+
     def curve(self, name: str) -> list[tuple[int, float]]:
         """(step, score) of all evaluations at the temperature of the config, by step."""
-        temperature = self.config["evaluation"]["temperatures"][0]
-        rows = [row for row in self.evaluations if row["temperature"] == temperature]
-        scores = [(row["step"], _score(row, name)) for row in rows]
-        return sorted((step, score) for step, score in scores if score is not None)
+        scores = ((row["step"], _score(row, name)) for row in self.evaluated)
+        return [(step, score) for step, score in scores if score is not None]
+
+    @property
+    def evaluated(self) -> list[dict[str, Any]]:
+        """The evaluations at the temperature of the config, by step."""
+        temperature = next(iter(self.config.get("evaluation", {}).get("temperatures", ())), None)
+        rows = (row for row in self.evaluations if row.get("temperature") == temperature)
+        by_step = {row["step"]: row for row in rows if "avg@k" in row}
+        return [by_step[step] for step in sorted(by_step)]
 
     @property
     def gain(self) -> float | None:
         """avg@k after training minus before, on the same prompts."""
         return (self.result or {}).get("paired_difference", {}).get("avg@k")
+
+    @property
+    def change_in_kl(self) -> float | None:
+        """KL(student || teacher) on held-out prompts after training minus before."""
+        before, after = (self.divergence("reverse_kl", when=when) for when in ("before", "after"))
+        return None if before is None or after is None else after - before
 
     @property
     def seconds(self) -> float | None:
@@ -229,6 +249,7 @@ def read_run(workdir: pathlib.Path) -> Run:
         found["environment"],
         metrics=read_lines(workdir / "metrics.jsonl"),
         evaluations=read_lines(workdir / "eval.jsonl"),
+        divergences=read_lines(workdir / "divergence.jsonl"),
         samples=read_lines(workdir / "samples.jsonl"),
         result=read_result(workdir) if result.exists() else None,
     )
