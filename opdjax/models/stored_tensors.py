@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 import pathlib
 
 import ml_dtypes
@@ -18,7 +19,6 @@ STORED_DTYPES = {  # of weights, by the format's name
     "F16": np.dtype(np.float16),
     "F64": np.dtype(np.float64),
 }
-_ALIGNMENT = 64  # bytes; JAX on a CPU takes an array that is so aligned without a copy
 
 
 class CheckpointError(BoundedError):
@@ -53,11 +53,13 @@ class StoredTensor:
 
 
 def aligned_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that `jax.device_put` on a CPU takes without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    """An array in pages of its own, which `jax.device_put` on a CPU takes without a copy because
+    they are aligned; freed, they return to the system.
+    """
+    # numpy would ask for huge pages, which a machine short of them makes slower than the read.
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=private)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def open_weights(path: pathlib.Path) -> dict[str, StoredTensor]:
