@@ -39,7 +39,10 @@ def _task(name: str) -> Any:
         raise ValueError(
             f"reasoning-gym has no task {name!r}; it has {', '.join(sorted(DATASETS))}"
         )
-    return reasoning_gym.create_dataset(name, seed=_SEED, size=_DRAWS)
+    try:
+        return reasoning_gym.create_dataset(name, seed=_SEED, size=_DRAWS)
+    except AssertionError as error:  # of a task that has no default settings
+        raise ValueError(f"the task {name!r} cannot be made: {error}") from error
 
 
 def rows(text: str) -> Iterator[dict[str, str]]:
