@@ -211,7 +211,7 @@ class Run:
         held = max(name for _, name in self.store.objects if "/.lease/" in name)
         about = json.loads(self.store.objects["bucket", held]["data"])
         name = f"run/.lease/{int(held.rpartition('/')[2]) + 1:06}"
-        taken = about | {"owner": "another", "processes": []}
+        taken = about | {"owner": "another"}
         self.store.put("bucket", name, json.dumps(taken).encode(), {})
 
     def damage(self, path: str, change: Callable[[bytearray], bytearray | None]) -> None:

@@ -44,6 +44,11 @@ gc.set_threshold(100_000, 50, 50)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+def pytest_collection_modifyitems(items):
+    """The tutorial takes minutes: first, so that no process works long after the other."""
+    items.sort(key=lambda item: item.path.name != "test_tutorial.py")
+
+
 _MEMORY = 1.5e9  # bytes of a process above which all its compiled programs are dropped
 
 

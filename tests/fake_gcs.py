@@ -155,6 +155,8 @@ class Handler(BaseHTTPRequestHandler):
             self.resume(found[1], body)
         elif found := re.fullmatch(r"/storage/v1/b/([^/]+)/o", path):
             self.listing(found[1], query)
+        elif found := re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)", path):
+            self.move(found[1], unquote(found[2]), unquote(found[3]))
         elif found := re.fullmatch(r"/(?:download/)?storage/v1/b/([^/]+)/o/(.+)", path):
             self.single(found[1], unquote(found[2]), query)
         elif found := re.fullmatch(r"/storage/v1/b/([^/]+)", path):
@@ -249,6 +251,13 @@ class Handler(BaseHTTPRequestHandler):
             {"kind": "storage#objects", "items": items, "prefixes": prefixes}
             | ({"nextPageToken": last} if last else {}),
         )
+
+    def move(self, bucket: str, name: str, other: str):
+        with self.store.lock:
+            if found := self.store.objects.pop((bucket, name), None):
+                self.store_object(bucket, other, found["data"], {})
+            else:
+                self.refuse(404, f"no such object: {bucket}/{name}")
 
     def single(self, bucket: str, name: str, query: dict):
         with self.store.lock:

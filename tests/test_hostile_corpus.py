@@ -50,7 +50,13 @@ def test_the_corpus_is_large():
     assert sum(map(len, (*kinds, list(config_texts())))) >= 200
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    "group",
+    [
+        pytest.param(g, marks=pytest.mark.long if g in ("answers", "addresses") else ())
+        for g in GROUPS
+    ],
+)
 def test_hostile_input_ends_in_a_named_error(group, rows):
     found = rows(group)
     assert len(found) >= 10

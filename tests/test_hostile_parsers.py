@@ -50,10 +50,10 @@ FILES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 def each(*strategies, count=100):
-    """Give these to a test, `count` times and 50 times as often."""
+    """Give these to a test, `count` times and 20 times as often."""
 
     def decorate(test):
-        @pytest.mark.parametrize("times", [1, 50])
+        @pytest.mark.parametrize("times", [1, 20])
         def given_often(times, tmp_path):
             options = {"deadline": None, "suppress_health_check": FILES, "database": None}
 

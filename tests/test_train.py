@@ -282,6 +282,7 @@ def test_a_finished_run_is_evaluated_otherwise_in_another_directory(tiny_run, tm
     assert without_times(tiny_run) == without_times(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_an_evaluation_may_change_while_its_run_continues(tiny_run, tmp_path, capsys):
     """Its scores are made again, also those before training; the run is otherwise the same."""
     workdir = rewound(tiny_run, tmp_path / "run", 2)
@@ -347,6 +348,7 @@ def three_prompts(directory):
     return str(rows)
 
 
+@pytest.mark.long
 def test_a_recipe_reads_the_teachers_top_k_in_packed_micro_batches(packed):
     """Nothing is stored: its metrics, and it trains."""
     for row in read_lines(packed / "metrics.jsonl"):
@@ -376,6 +378,7 @@ def test_int8_keys_and_values_are_no_fault(tmp_path):
     assert 1e-4 < gap < 0.05
 
 
+@pytest.mark.long
 def test_equal_prompts_of_a_step_have_different_random_streams(packed):
     rows = [row for row in samples(packed) if row["step"] == 1]
     assert len({(row["prompt_id"], row["sample_id"]) for row in rows}) == 8
@@ -410,6 +413,7 @@ def scripted_scores(monkeypatch, scores):
     monkeypatch.setattr(Evaluator, "__call__", scored)
 
 
+@pytest.mark.long
 def test_a_run_stops_when_its_score_no_longer_rises(tmp_path, monkeypatch, capsys):
     """Best at step 1; then two evaluations that are worse or only equal it: it ends after step 3,
     also if it is interrupted before its result is written. An optimizer with a partitioned state.

@@ -32,6 +32,7 @@ def run(code, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_the_enumerated_gradient_is_the_exact_one(tmp_path):
     done = run(code_of("0", "2"), tmp_path)
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,6 @@ def sweep(
     retry_failed: bool = False,
     retries: int = 0,
     status: bool = False,
-    watch: float = 0.0,
     launch: Literal["skypilot", "xpk"] | None = None,
     fleet: FleetConfig = FleetConfig(),
 ):
@@ -46,25 +45,17 @@ def sweep(
         retry_failed: Run the points again that failed in earlier calls.
         retries: Number of times to run a point again that fails in this call.
         status: Print the state of every point, on whichever machine it runs, and run nothing.
-        watch: With status, seconds between repeats until no point is left; 0 prints once.
         launch: Submit the shards to an engine that finds machines, and return.
         fleet: Machines to launch.
     """
     from opdjax.sweeps import runner
-    from opdjax.sweeps.status import describe
-    from opdjax.sweeps.status import watch as show_status
+    from opdjax.sweeps.status import describe, status_table
 
     points = load_sweep(file)
     points = select(points, only) if only else points
     first, count = _shard(shard)
     require(retries >= 0, "--retries", retries, "0 or more")
-    require(watch >= 0, "--watch", watch, "0 or more")
     require(jobs >= 1, "--jobs", jobs, "1 or more")
-    if watch and not status:
-        raise ConfigError(
-            f"--watch is {watch} without --status; expected both: a running sweep prints its "
-            "progress anyway"
-        )
     if launch is None and fleet != FleetConfig():
         raise ConfigError("--fleet is set without --launch; expected --launch skypilot or xpk")
     if launch is not None:
@@ -84,7 +75,7 @@ def sweep(
             print(f"{submitted} of {fleet.shards} shards were submitted. To see their progress:")
             print(f"opdjax sweep {file} --workdir {url} --status")
     elif status:
-        show_status(points[first - 1 :: count], workdir, watch, _log)
+        print(status_table(points[first - 1 :: count], workdir))
     elif dry_run:
         print(describe(points[first - 1 :: count], workdir, jobs))
     else:

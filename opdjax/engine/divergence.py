@@ -33,7 +33,7 @@ from opdjax.ops.tile import Head, VocabTile
 from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
 from opdjax.runs.results import DIVERGENCES
 from opdjax.runs.statistics import clustered_ratio
-from opdjax.runs.workdir import append_lines, read_lines
+from opdjax.runs.workdir import append_lines, read_lines, require
 from opdjax.types import PromptBatch, Rollouts, TrainBatch
 
 LOG = "divergence.jsonl"
@@ -185,7 +185,12 @@ def measure(
                 f"teacher's, same most likely token {own['agreement']:.1%}"
             )
     names = [(writer, name) for writer in ("student", "teacher") for name in DIVERGENCES]
-    means = lambda: np.array([found[step][writer][name] for writer, name in names])
+    own = lambda writer: require(
+        found[step][writer],
+        f"{file}, {writer} of step {step},",
+        **dict.fromkeys(DIVERGENCES, float),
+    )
+    means = lambda: np.array([own(writer)[name] for writer, name in names])
     # A row of an earlier call is in the file of process zero alone.
     found_means = from_process_zero(means, np.zeros(len(names))).tolist()
     return {f"{writer}/{name}": mean for (writer, name), mean in zip(names, found_means)}

@@ -23,7 +23,7 @@ from opdjax.models.decoder import DecoderConfig, Params
 from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
 from opdjax.ops.sharding import is_process_zero, num_row_shards, to_host
 from opdjax.runs.statistics import avg_at_k, by_benchmark, mean_and_interval, pass_at_k, score_label
-from opdjax.runs.workdir import append_lines, read_lines
+from opdjax.runs.workdir import NUMBER, append_lines, read_lines, require
 
 EVALUATION_SLOTS = 512  # rows of an evaluation decoded at a time, unless sampling.slots says less
 # Runs answer the same prompts with the same random numbers, so that they can be compared.
@@ -132,7 +132,10 @@ def evaluate(
             line = "  ".join(f"{score_label(name, row['k'])} {row[name]:.3f}" for name in _SCORES)
             print(f"evaluation at step {step}: {line}")
     # A row of an earlier call is in the file of process zero alone.
-    scores = lambda: np.array([found[step, config.temperature][name] for name in _SCORES])
+    types = {"k": int, "per_prompt": list, "per_prompt_greedy": list}
+    types |= dict.fromkeys(_SCORES, NUMBER)
+    own = lambda: require(found[step, config.temperature], f"{file}, step {step},", **types)
+    scores = lambda: np.array([own()[name] for name in _SCORES])
     return dict(zip(_SCORES, from_process_zero(scores, np.zeros(len(_SCORES))).tolist()))
 
 

@@ -11,11 +11,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pydantic
+
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.judge.judgement import Judgement
 from opdjax.judge.rubricator import joined
-from opdjax.judge.schema import Criterion, RolloutGroup, Rubric
-from opdjax.runs.workdir import append_lines, read_lines
+from opdjax.judge.schema import Criterion, RolloutGroup, Rubric, first_error
+from opdjax.runs.workdir import append_lines, damaged, read_lines, require
 
 _DEFAULT_CAP = 3  # criteria per stage
 FROZEN = "frozen_rubrics.jsonl"
@@ -29,17 +31,16 @@ class CriteriaStore:
         self._frozen: dict[int, Rubric | None] = {}
         self._in_use: dict[int, tuple[Criterion, ...]] = {}
 
-    def restore(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Load a continued run's frozen rubrics, and from `rows` of rubrics.jsonl its criteria."""
-        if self._config.refresh == "frozen":
-            self._frozen = {
-                row["prompt_id"]: row["rubric"] and _rubric(row["rubric"])
-                for row in read_lines(self._file)
-            }
-        for row in rows:
-            kept = row.get("kept")
-            if kept is not None:
-                criteria = _rubric(row["rubric"]).criteria
+    def restore(self, judgements: pathlib.Path) -> None:
+        """Load a continued run's frozen rubrics, and from its rubrics.jsonl its criteria;
+        WorkdirError at a row that holds no rubric.
+        """
+        for place, row in _rows(self._file) if self._config.refresh == "frozen" else ():
+            self._frozen[row["prompt_id"]] = row["rubric"] and _rubric(row["rubric"], place)
+        for place, row in _rows(judgements):
+            if (kept := row.get("kept")) is not None:
+                require(row, place, prompt_id=int, kept=list, rubric=list)
+                criteria = _rubric(row["rubric"], place).criteria
                 self._in_use[row["prompt_id"]] = tuple(c for c in criteria if c.id in kept)
 
     def without_frozen_rubric(self, prompt_ids: Iterable[int]) -> list[int]:
@@ -99,5 +100,14 @@ def pruned(judgement: Judgement, config: RubricsConfig) -> tuple[Criterion, ...]
     return tuple(criterion for criterion in criteria if criterion.id in kept)
 
 
-def _rubric(criteria: Sequence[dict[str, Any]]) -> Rubric:
-    return Rubric(tuple(Criterion(**criterion) for criterion in criteria))
+def _rows(file: pathlib.Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    return ((f"{file}, line {number}", row) for number, row in enumerate(read_lines(file), 1))
+
+
+def _rubric(criteria: Sequence[dict[str, Any]], place: str) -> Rubric:
+    try:
+        return Rubric(tuple(Criterion(**criterion) for criterion in criteria))
+    except pydantic.ValidationError as error:
+        raise damaged(place, first_error(error), "criteria as they were written") from error
+    except TypeError as error:  # no object, or keys that are no names
+        raise damaged(place, repr(criteria)[:60], "criteria as they were written") from error

@@ -15,6 +15,7 @@ import pydantic
 
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.judge.reply_object import ReplyError, describe, is_written, read_object
+from opdjax.runs.bounds import CRITERION_CHARS
 
 
 class Criterion(pydantic.BaseModel):
@@ -162,7 +163,7 @@ def _criterion(item: Any, number: int, known: Set[str], repairs: set[str], grade
     try:
         return Criterion(**item, grade=grade)
     except pydantic.ValidationError as error:
-        raise ReplyError("schema_error", f"criterion {number}: {_first_error(error)}") from error
+        raise ReplyError("schema_error", f"criterion {number}: {first_error(error)}") from error
 
 
 def _check_rubric(
@@ -179,6 +180,9 @@ def _check_rubric(
     for criterion in criteria:
         if not is_written(criterion.text):
             raise invalid(f"criterion {criterion.id} has no words; expected a demand")
+        if (length := len(criterion.category + criterion.text)) > CRITERION_CHARS:
+            expected = f"expected at most {CRITERION_CHARS}, as one demand needs"
+            raise invalid(f"criterion {criterion.id} has {length} characters; {expected}")
         if stages and criterion.stage not in stages:
             expected = f"expected one of {list(stages)}"
             raise invalid(f"criterion {criterion.id} has stage {criterion.stage!r}; {expected}")
@@ -228,7 +232,7 @@ def _parse_answers(
         try:
             values[index - 1] = parse_value(_without_unknown(item, known, repairs))
         except pydantic.ValidationError as error:
-            problems[index - 1] = f"answer {index}: {_first_error(error)}"
+            problems[index - 1] = f"answer {index}: {first_error(error)}"
         except ReplyError as error:
             problems[index - 1] = f"answer {index} has {error}"
     return ParsedAnswers(values, problems, tuple(sorted(repairs)))
@@ -257,6 +261,7 @@ def _without_unknown(item: Mapping[str, Any], known: Set[str], repairs: set[str]
     return {name: value for name, value in item.items() if name in known}
 
 
-def _first_error(error: pydantic.ValidationError) -> str:
+def first_error(error: pydantic.ValidationError) -> str:
+    """The first problem: the field and what is wrong with it."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -116,6 +116,10 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     does SIGTERM if a run of one process does not save within $OPDJAX_STOP_SECONDS: the sender may
     kill it soon, and what is saved continues in the same way. `is_requested(step, is_saving=True)`
     says that the run saves now, which may take longer.
+
+    A run of several processes has no such limit, because jax takes their SIGTERM before python sees
+    it: they stop after the step in progress, however long it takes. If one is killed before, the
+    others end with an error when jax misses it, after minutes; what is saved continues as well.
     """
     is_alone = jax.process_count() == 1
     received: list[int] = []

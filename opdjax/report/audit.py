@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from opdjax.config.recipes import PLAIN, RECIPES
-from opdjax.report.drawing import SERIES, Entry, Groups, Line
+from opdjax.config.recipes import PLAIN
+from opdjax.report.drawing import Entry, Groups
 from opdjax.report.measures import bucket_label, model_name
 from opdjax.report.text import percent, shown, significant
 from opdjax.runs.results import is_number
@@ -19,14 +19,9 @@ KL = {"reverse": "KL(student || teacher)", "forward": "KL(teacher || student)"}
 CLOSE = 1.0  # degrees within which an estimator points along a direction: rounding is less
 EXACT = 1e-9  # enumeration is in float64
 _SAME = 0.01  # expected gradients are equal below this relative bias
-_LITTLE = 0.005  # a bin with a smaller share of opd's noise has no point: its ratio is rounding
 _SHORT = {"support_top_k": "k", "baseline_top_k": "k", "renormalize": "renorm."}
-NOISE_GROUPS = (
-    "Same expected gradient as opd",
-    "Another expected gradient",
-    "Tokens of a sequence coupled",
-    "Pitfalls",
-)
+_SAME_GRADIENT = "Same expected gradient as opd"
+_GROUPS = (_SAME_GRADIENT, "Another expected gradient", "Tokens of a sequence coupled", "Pitfalls")
 PARTS = ("prompt", "trajectory", "action")  # of the noise of parameter gradients
 
 
@@ -50,8 +45,8 @@ def audit_facts(document: dict[str, Any], name: str) -> Facts:
     biases = {key: each["row"]["bias"]["reverse"] for key, each in contexts.items()}
 
     def grouped(sizes: dict[str, float]) -> dict[str, list[str]]:
-        """The names of each of NOISE_GROUPS, the least noisy first."""
-        found: dict[str, list[str]] = {heading: [] for heading in NOISE_GROUPS}
+        """The names of each of _GROUPS, the least noisy first."""
+        found: dict[str, list[str]] = {heading: [] for heading in _GROUPS}
         same, other, coupled, pitfalls = found.values()
         for key in sorted(sizes, key=sizes.__getitem__):
             is_same = is_number(biases.get(key)) and biases[key] < _SAME
@@ -87,7 +82,7 @@ def audit_facts(document: dict[str, Any], name: str) -> Facts:
         # With one draw a token and opd's gradient, by variance.
         "same_gradient": [
             key
-            for key in variances[NOISE_GROUPS[0]]
+            for key in variances[_SAME_GRADIENT]
             if key != PLAIN and not subjects[key]["is_drawn_often"]
         ],
         "pitfalls": document.get("pitfalls", {}),  # every known one and what it is
@@ -107,7 +102,6 @@ def _subject(name: str, about: dict[str, Any]) -> dict[str, Any]:
         "short": f"{recipe} {', '.join(words)}".strip() if recipe else name,
         "is_pitfall": bool(about.get("is_pitfall")),
         "aim": about.get("advertises", "own"),  # reverse, forward or own
-        "has_baseline": recipe in RECIPES and "baseline" in RECIPES[recipe].options,
         "is_drawn_often": bool(options.get("extra_draws")),  # more than one draw a token
     }
 
@@ -120,8 +114,7 @@ def _direction(subject: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     aim = subject["aim"] if subject["aim"] in KL else "reverse"
     other = "forward" if aim == "reverse" else "reverse"
     along = {kl: value is not None and value <= CLOSE for kl, value in found.items()}
-    is_lost = all(value is None for value in found.values())
-    if is_lost:
+    if all(value is None for value in found.values()):
         verdict = "has no direction (its expected gradient is 0)"
     elif along[aim]:
         bias = percent(row["bias"][aim])
@@ -130,9 +123,7 @@ def _direction(subject: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         verdict = f"points along {KL[other]}, {degrees(found[aim])} from {KL[aim]}"
     else:
         verdict = f"is off by {degrees(found[aim])}"
-    return {"subject": subject, "row": row, "degrees": found, "is_lost": is_lost} | {
-        "verdict": verdict
-    }
+    return {"subject": subject, "row": row, "degrees": found, "verdict": verdict}
 
 
 def angle(cosine: float | None) -> float | None:
@@ -140,10 +131,10 @@ def angle(cosine: float | None) -> float | None:
     return math.degrees(math.acos(min(max(cosine, -1.0), 1.0))) if is_number(cosine) else None
 
 
-def degrees(value: float | None, nothing: str = "no direction") -> str:
+def degrees(value: float | None) -> str:
     """Such as 12° or 0.3°."""
     if value is None:
-        return nothing
+        return "no direction"
     return f"{value:.0f}°" if value >= 10 else f"{value:.1f}°"
 
 
@@ -157,67 +148,34 @@ def ratio(value: float | None, interval: Sequence[float | None] | None = None) -
 # Rows of drawings
 
 
-def _entry(subject: dict[str, Any], *values: float | None, **more: Any) -> Entry:
-    return Entry(subject["short"], *values, is_warning=subject["is_pitfall"], **more)
+def _entry(subject: dict[str, Any], *values: float | None) -> Entry:
+    return Entry(subject["short"], *values, is_warning=subject["is_pitfall"])
 
 
 def angle_groups(rows: dict[str, dict[str, Any]], kl: str) -> Groups:
     """The rows of the chart of angles to the gradient of a KL; the same order for every KL."""
     own = "Recipes with a direction of their own"
     headings = {kl: f"Recipes for {name}" for kl, name in KL.items()}
-    found: dict[str, list[Entry]] = {
-        heading: [] for heading in (*headings.values(), own, "Pitfalls")
-    }
-    nearest = lambda each: round(each["degrees"]["reverse"] or 0.0, 1)
-    for each in sorted(rows.values(), key=nearest):
+    found = {heading: [] for heading in (*headings.values(), own, "Pitfalls")}
+    for each in sorted(rows.values(), key=lambda each: round(each["degrees"]["reverse"] or 0.0, 1)):
         subject, value = each["subject"], each["degrees"][kl]
         heading = "Pitfalls" if subject["is_pitfall"] else headings.get(subject["aim"], own)
-        found[heading].append(_entry(subject, value, text=degrees(value, "none")))
+        found[heading].append(_entry(subject, value))
     return list(found.items())
 
 
 def ratio_groups(f: Facts, kind: Literal["variances", "noises"]) -> Groups:
     """The rows of the chart of variances of logits, or of noises of parameters, over opd's."""
-    noises = f["document"].get("gradients", {}).get("rows", {})
+    rows = {name: each["row"] for name, each in f["contexts"].items()}
+    if kind == "noises":
+        rows = f["document"].get("gradients", {}).get("rows", {})
 
     def entry(name: str) -> Entry:
-        row = noises[name] if kind == "noises" else f["contexts"][name]["row"]
-        value = row.get("noise_ratio" if kind == "noises" else "variance_ratio")
-        ends = (kind == "variances" and row.get("variance_ratio_interval")) or (None, None)
-        return _entry(f["subjects"][name], value, *ends, text=f"{significant(value)}×")
+        value = f"{kind.removesuffix('s')}_ratio"
+        ends = rows[name].get(f"{value}_interval") or ()
+        return _entry(f["subjects"][name], rows[name].get(value), *ends)
 
     return [(heading, [*map(entry, names)]) for heading, names in f[kind].items()]
-
-
-# Places
-
-
-def place_shares(bins: list[dict[str, Any]], actions: Sequence[float | None] | None) -> list[Line]:
-    """Shares of every bin: of the contexts, the KL, and opd's variance and action noise."""
-    whole = sum(each["contexts"] for each in bins) or 1
-    shares = [[each["contexts"] / whole for each in bins]]
-    shares += [[each[key] for each in bins] for key in ("kl_share", "variance_share")]
-    slots = (5, 2, 1, 3)
-    return [
-        Line(range(len(bins)), values, slot=slot, has_markers=True)
-        for slot, values in zip(slots, [*shares, actions or []])
-    ]
-
-
-def place_lines(rows: Iterable[list], noise: Sequence[float | None]) -> list[Line]:
-    """Variance over that of opd in every bin, a line for each of `rows`; bins with little of opd's
-    noise have no point.
-    """
-    found, rows = [], list(rows)[:SERIES]
-    for slot, cells in enumerate(rows):
-        kept = [
-            cell if all(map(is_number, (*cell, share))) and share >= _LITTLE else [math.nan] * 3
-            for cell, share in zip(cells, noise)
-        ]
-        # Shifted, so that intervals do not hide one another.
-        x = [at + 0.06 * (slot - (len(rows) - 1) / 2) for at in range(len(noise))]
-        found.append(Line(x, *zip(*kept), slot=slot, has_markers=True, bars=True))
-    return found
 
 
 def bin_labels(bins: Sequence[dict[str, Any]]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -96,9 +95,7 @@ def _inline(svg: str) -> Markup:
 
 
 def _plain(element: str) -> str:
-    """One SVG element with CSS variables, without its font and the ids that nothing refers to,
-    coordinates to two decimals.
-    """
+    """An SVG element with CSS variables and short numbers, without its font and ids without use."""
     unused = r' id="[A-Za-z][A-Za-z\d.]*_\d+"| font-family: [^;"]*;?| transform="rotate\(-0 [^"]*"'
     element = re.sub(unused, "", element)
     short = lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
@@ -140,8 +137,8 @@ def finite(values: Iterable[float | None]) -> list[float]:
 # Ticks
 
 
-def tick(value: float, _: int | None = None) -> str:
-    """A short number for an axis: 0.25, 40k, 1.5M, 3e-4. A formatter for matplotlib's ticks."""
+def tick(value: float) -> str:
+    """A short number for an axis: 0.25, 40k, 1.5M, 3e-4."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if unit == 'k' else size):g}{unit}".replace("-", "−")
@@ -157,20 +154,16 @@ def linear_ticks(axis: Any, most: int = 5, unit: str = "", *, integer: bool = Fa
 
 
 def log_ticks(low: float, high: float, width: float) -> list[float]:
-    """As many round numbers, up to six and 1 among them, as have labels that do not touch on an
-    axis of this width.
-    """
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    within = ((1, 1.2, 1.5, 2, 3, 5, 8), (1, 2, 5), (1, 3), (1,))
-    for steps, every in (*((steps, 1) for steps in within), *(((1,), n) for n in range(2, 99))):
-        powers = [decade for decade in decades if decade % every == 0]
-        values = [round(step * 10.0**decade, 12) for decade in powers for step in steps]
+    """Up to six round numbers, 1 among them, whose labels do not touch on an axis of this width."""
+    within = ((1, 1.2, 1.5, 2, 3, 5, 8), (1, 2, 5), (1, 3))
+    for steps, every in (*((steps, 1) for steps in within), *(((1,), n) for n in range(1, 99))):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        powers = [10.0**decade for decade in decades if decade % every == 0]
+        values = [round(step * power, 12) for power in powers for step in steps]
         found = [value for value in values if low <= value <= high]
-        at = [width * math.log(value / low) / math.log(high / low) for value in found]
+        gaps = np.diff(np.log(found)) * width / math.log(high / low)
         room = [LETTER * (len(tick(value)) + 2) for value in found]
-        gaps = (right - left for left, right in itertools.pairwise(at))
-        needed = ((one + two) / 2 for one, two in itertools.pairwise(room))
-        if len(found) <= 6 and all(gap >= least for gap, least in zip(gaps, needed)):
+        if len(found) <= 6 and all(2 * gaps >= np.add(room[1:], room[:-1])):
             break
     return found
 
@@ -204,10 +197,9 @@ def lines(
     categories: Sequence[str] = (),
     reference: float | None = None,
     bounds: Bounds = (None, None),
-    y_range: tuple[float, float] | None = None,
 ) -> Markup:
     """Lines with intervals. `categories` name x = 0, 1, 2 …; `reference` is a thin horizontal line;
-    `bounds` limit the possible y. Without `y_range`, y is shown as far as the lines need it.
+    `bounds` limit the possible y, which is shown as far as the lines need it.
     """
     found = [line for line in found if any(map(is_number, line.y))]
     if not found:
@@ -222,7 +214,7 @@ def lines(
         for line in found:
             _paint_line(axes, line)
         needed = axes.get_ylim() if log_y else _limits(axes, found, reference, bounds)
-        axes.set_ylim(*(y_range or needed))
+        axes.set_ylim(*needed)
         for line in found:
             _paint_interval(axes, line)
         if reference is not None:
@@ -233,8 +225,6 @@ def lines(
         for axis, is_log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
             if is_log:
                 axis.set_ticks(log_ticks(*axis.get_view_interval(), 200))
-        if log_x and len(places) <= 6:
-            axes.set_xticks(places)
         if categories:
             every = math.ceil(len(categories) / 6)
             axes.set_xticks(range(0, len(categories), every), categories[::every])
@@ -257,9 +247,7 @@ def curves(
 
 
 def smoothed(steps: Sequence[float], values: Sequence[float | None], slot: int = 0) -> list[Line]:
-    """A faint line through every step, and a strong one smoothed where there are enough steps; of a
-    metric that most steps lack, a line through the known values.
-    """
+    """A faint line of all steps and a strong smoothed one; one line where most lack a value."""
     window = smoothing_window(len(steps))
     known = [(step, value) for step, value in zip(steps, values) if is_number(value)]
     if 2 * len(known) < len(steps):
@@ -274,21 +262,9 @@ def interval_line(x: Sequence[float], y: Sequence[Any], half: Sequence[Any], **s
     return Line(x, values, values - width, values + width, **{"has_markers": True} | style)
 
 
-def outline(edges: Sequence[float], counts: Sequence[float], slot: int = 0) -> Line:
-    """The filled outline of a histogram; there is one edge more than counts."""
-    y = [0.0, *np.repeat(counts, 2), 0.0]
-    return Line(np.repeat(edges, 2), y, np.zeros(len(y)), y, slot)
-
-
 def smoothing_window(num_steps: int) -> int:
     """Number of steps that a smoothed line averages over."""
     return max(1, num_steps // 12)
-
-
-def smoothing_note(num_steps: int) -> str:
-    """What the two lines of a smoothed chart are; empty where charts are not smoothed."""
-    window = smoothing_window(num_steps)
-    return f" Faint line: every step; strong line: mean over {window} steps." if window > 1 else ""
 
 
 def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
@@ -352,60 +328,51 @@ def _paint_interval(axes: Any, line: Line) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row: its name, its mark, and its number as `text`."""
+    """A row: its name, its value and the interval of that."""
 
     label: str
     value: float | None = None
     low: float | None = None
     high: float | None = None
     is_warning: bool = False  # a cross instead of a dot
-    text: str = ""
 
 
 Groups = Sequence[tuple[str, Sequence[Entry]]]  # a heading and its rows
-_WIDTH, _ROW, _GAP, _BELOW = 520, 26, 14, 50
 
 
 def rows_of(title: str, groups: Groups, x: str, limit: float | None = None) -> Markup:
     """A row for each entry: degrees from 0 to `limit`, or without it ratios from 1, logarithmic."""
-    rows: list[str | Entry] = []
-    for heading, entries in groups:
-        rows += [heading, *entries] if entries else []
+    rows = [row for heading, entries in groups if entries for row in (heading, *entries)]
     every = [row for row in rows if isinstance(row, Entry)]
+    values = finite(value for row in every for value in (row.value, row.low, row.high))
     if not every:
         return NOTHING
-    left = min(max(len(entry.label) for entry in every) * LETTER + _GAP, 0.54 * _WIDTH)
-    right = max(len(entry.text) for entry in every) * LETTER + _GAP
-    width = _WIDTH - left - right
+    left = min(10 + LETTER * max(len(row.label) for row in every), 300)
+    size = (520, 54 + 26 * len(rows))
 
     def paint(canvas: Any) -> None:
-        axes = axes_in(canvas, (left, right, 4, _BELOW), "x", x)
+        axes = axes_in(canvas, (left, 16, 4, 50), "x", x)
+        if limit is None:
+            _ratio_scale(axes, values, size[0] - left - 16)
+        else:
+            linear_ticks(axes.xaxis, 4, unit="°")
+            axes.set_xlim(0, limit)
         axes.set_ylim(len(rows), 0)
         axes.set_yticks([])
-        linear_ticks(axes.xaxis, 4, unit="°")
-        if limit is None:
-            _ratio_scale(axes, every, width)
-        else:
-            axes.set_xlim(0, limit)
         beside = {"transform": axes.get_yaxis_transform(), "va": "center"}
-        start, end = -left / width, 1 + right / width  # edges of the figure
+        start = left / (16 + left - size[0])  # edge of the figure
         for y, row in zip(np.arange(len(rows)) + 0.5, rows):
             if isinstance(row, str):
-                axes.text(start, y, row, **beside, color=MUTED, zorder=6, weight="bold")
+                axes.text(start, y, row, **beside, color=MUTED, weight="bold")
                 continue
-            size = TEXT * min(1, (left - _GAP) / (len(row.label) * LETTER))
-            colour = SLOTS[1] if row.is_warning else INK
-            axes.text(start, y, row.label, **beside, fontsize=size, color=colour)
-            axes.text(end, y, row.text, **beside, ha="right")
+            axes.text(start, y, row.label, **beside)
             if is_number(row.value):
-                _mark(axes, row, y, origin=int(limit is None))
+                _mark(axes, row, y)
 
-    size = (_WIDTH, 4 + _ROW * len(rows) + _BELOW)
     return figure(title, f"{title}: {x}", size, paint)
 
 
-def _ratio_scale(axes: Any, every: Sequence[Entry], width: float) -> None:
-    values = finite(value for e in every for value in (e.value, e.low, e.high))
+def _ratio_scale(axes: Any, values: Sequence[float], width: float) -> None:
     ends = [value for value in values if value > 0]
     low, high = min([*ends, 0.8]) / 1.1, max([*ends, 1.25]) * 1.1
     axes.set_xscale("log")
@@ -416,18 +383,14 @@ def _ratio_scale(axes: Any, every: Sequence[Entry], width: float) -> None:
     axes.axvline(1, color=INK, linewidth=1.2, zorder=2)
 
 
-def _mark(axes: Any, entry: Entry, y: float, origin: int) -> None:
-    """A pale bar from the origin to a dot, or a cross, and the interval."""
-    least = axes.get_xlim()[0]
-    colour, value = SLOTS[1 if entry.is_warning else 0], max(entry.value, least)
-    bar = {"height": 0.56, "color": colour, "alpha": 0.3, "linewidth": 0}
-    axes.barh([y], [value - origin], left=origin, **bar, zorder=2.5)
+def _mark(axes: Any, entry: Entry, y: float) -> None:
+    """A dot, or a cross, and the interval; what is below the axis stands at its start."""
+    least, colour = axes.get_xlim()[0], SLOTS[1 if entry.is_warning else 0]
     if is_number(entry.low) and is_number(entry.high):
         ends = [max(entry.low, least), entry.high]
         axes.plot(ends, [y, y], color=colour, linewidth=2.2, zorder=3)
-    size, marker = (9.5, "X") if entry.is_warning else (8.5, "o")
-    dot = {"color": colour, "marker": marker, "markersize": size, "markeredgewidth": 0}
-    axes.plot([value], [y], **dot, zorder=5, clip_on=False)
+    dot = {"color": colour, "marker": "X" if entry.is_warning else "o", "markersize": 9}
+    axes.plot([max(entry.value, least)], [y], **dot, markeredgewidth=0, zorder=5, clip_on=False)
 
 
 # Lanes: what each process did, over time

@@ -1,4 +1,4 @@
-"""Judges' verdicts and scores of a run, read from rubrics.jsonl, and the statistics of them."""
+"""The facts of judged rollouts: what a judge rewards, its signal, its accuracy and its cost."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opdjax.runs.results import is_number, mean
+from opdjax.config.recipes import RECIPES
+from opdjax.report import measures
+from opdjax.report.text import spread
+from opdjax.runs.results import Run, is_number, mean
 from opdjax.runs.statistics import clustered_auc, clustered_ratio
 from opdjax.runs.workdir import WorkdirError, read_lines
 
 ROWS, SPENDING = "rubrics.jsonl", "spending.jsonl"
-ALL = "all criteria"
-_CATEGORIES = 5  # the most frequent ones have numbers of their own
+MET = "met: all criteria"  # name of a rate
+_EXAMPLES = 3  # steps
 _TEXTS = ("question", "references", "answers", "reflections")
 
 
@@ -105,19 +108,16 @@ def read_judgements(workdir: pathlib.Path, stages: Sequence[str] = ()) -> Steps:
 def _wrong_fields(row: dict[str, Any]) -> list[str]:
     """The fields of a row that are missing or of the wrong type or length."""
     rubric, samples = row.get("rubric"), row.get("samples")
-    is_list = lambda value: isinstance(value, list)
+    is_list = lambda value, size=None: isinstance(value, list) and size in (None, len(value))
     is_criterion = lambda item: isinstance(item, dict) and is_number(item.get("weight"))
     is_right = {"step": type(row.get("step")) is int, "prompt_id": "prompt_id" in row}
     is_right |= {"samples": is_list(samples), "scores": is_list(row.get("scores"))}
     is_right["rubric"] = rubric is None or (is_list(rubric) and all(map(is_criterion, rubric)))
     if all(is_right.values()):
         for name in ("scores", "verdicts", "correct", "stage_scores"):
-            value = row.get(name)
-            is_right[f"{name} (one a sample)"] = value is None or (
-                is_list(value) and len(value) == len(samples)
-            )
-        size = len(rubric or ())
-        is_verdict = lambda one: is_list(one) and len(one) == size and all(map(is_number, one))
+            is_own = row.get(name) is None or is_list(row[name], len(samples))
+            is_right[f"{name} (one a sample)"] = is_own
+        is_verdict = lambda one: is_list(one, len(rubric)) and all(map(is_number, one))
         for name in ("verdicts", "reference_verdicts") if rubric is not None else ():
             lists = [one for one in row.get(name) or () if one is not None]
             is_right[f"{name} (one a criterion)"] = all(map(is_verdict, lists))
@@ -184,14 +184,100 @@ def _floats(values: Sequence[Any]) -> np.ndarray:
     return np.array([value if is_number(value) else math.nan for value in values], float)
 
 
-def read_spending(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Requests and their cost by step and role, repeated steps included; empty if not recorded."""
-    return [row for row in read_lines(workdir / SPENDING) if isinstance(row.get("role"), str)]
-
-
 def all_groups(steps: Steps) -> list[JudgedGroup]:
     """The groups of all steps."""
     return [group for groups in steps.values() for group in groups]
+
+
+# The facts of a run
+
+
+def judged_facts(run: Run) -> dict[str, Any] | None:
+    """None where rubrics.jsonl is missing or empty; WorkdirError for a damaged row."""
+    stages = (run.config.get("rubrics") or {}).get("stages") or ()
+    names = [stage.partition("=")[0] for stage in stages]
+    steps = read_judgements(run.workdir, names)
+    if not steps:
+        return None
+    groups, recipe, order = (
+        all_groups(steps),
+        RECIPES.get(run.config["estimator"]["recipe"]),
+        list(steps),
+    )
+    length = measures.end_length(len(steps))
+    ends = {"first": order[:length], "last": order[-length:], "all": order}
+    parts = {
+        name: summary([group for step in part for group in steps[step]])
+        for name, part in ends.items()
+    }
+    early, late = parts["first"]["rates"], parts["last"]["rates"]
+    logged = [step for step, some in steps.items() if any(map(_has_texts, some))]
+    changes = {name: (late[name][0], first) for name, (first, _) in early.items()}
+    return {
+        "is_reward": recipe is not None and recipe.is_judged,  # else only shown to a teacher
+        "has_rubrics": any(row.criteria for group in groups for row in group.rows),
+        "steps": order,
+        "end_length": length,
+        "series": _series([summary(some) for some in steps.values()]),  # by step
+        "parts": parts,  # summaries of first, last and all steps
+        # Of the rollouts' rates, last minus first.
+        "changes": {name: two.less(one) for name, (two, one) in changes.items() if two and one},
+        "stage_names": names or [f"stage {at}" for at, _ in enumerate(parts["all"]["stages"], 1)],
+        "examples": {step: _example(steps[step]) for step in spread(logged, _EXAMPLES)},
+        "num_logged": len(logged),  # steps with recorded texts
+    }
+
+
+_BY_STEP = ("share right", "bad updates", "tied groups", "criteria", "failed groups", "alike")
+_BY_STEP += ("met by all", "met by none")
+
+
+def _series(parts: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """The numbers of each step by name."""
+    rows = [
+        {name: part[name] for name in _BY_STEP}
+        | {f"stage {at}": value for at, value in enumerate(part["stages"])}
+        | {name: own and own.value for name, (own, _) in part["rates"].items()}
+        | {f"references: {name}": of and of.value for name, (_, of) in part["rates"].items()}
+        for part in parts
+    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _has_texts(group: JudgedGroup) -> bool:
+    return "answers" in group.rows[0].texts or "question" in group.rows[0].texts
+
+
+def _example(groups: Sequence[JudgedGroup]) -> JudgedGroup:
+    """The first group with texts whose scores differ; else the first with scores, or texts."""
+    order = {False: 0, True: 1, None: 2}
+    return min(filter(_has_texts, groups), key=lambda group: order[group.is_tied])
+
+
+_USED = ("calls", "cached", "retries", "input_tokens", "output_tokens", "seconds", "dollars")
+
+
+def cost_facts(run: Run) -> dict[str, Any] | None:
+    """Requests to judges by role, repeated steps included, and the seconds that the learner waited
+    for judges and of all steps; None where nothing was judged.
+    """
+    rows = [row for row in read_lines(run.workdir / SPENDING) if isinstance(row.get("role"), str)]
+    waits = run.column("time/judge_wait")
+    if not rows and all(value is None for value in waits):
+        return None
+    used = lambda some: {name: float(sum(row.get(name) or 0 for row in some)) for name in _USED}
+    roles = sorted({row["role"] for row in rows})
+    waited, seconds = (sum(filter(None, values)) for values in (waits, run.column("time/step")))
+    by_role = {role: used([row for row in rows if row["role"] == role]) for role in roles}
+    return {"roles": by_role, "total": used(rows), "waited": waited, "seconds": seconds}
+
+
+def dollars(value: float) -> str:
+    """Such as $12.30 or $0.0042."""
+    if not value:
+        return "$0"
+    return f"${value:,.2f}" if value >= 0.1 else f"${float(f'{value:.2g}'):g}"
 
 
 # Numbers of some groups
@@ -210,14 +296,14 @@ class Rate(NamedTuple):
         return Rate(self.value - other.value, half, min(self.count, other.count))
 
 
-def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> dict[str, Any]:
+def summary(groups: Sequence[JudgedGroup]) -> dict[str, Any]:
     """The numbers of the groups; None: not known.
 
-    `rates` of (rollouts, references): the mean `score`, and `met: CATEGORY`, the share of criteria
-    met, without weights, of the `named` categories and of ALL. The others are counts and shares.
+    `rates` of (rollouts, references): the mean `score`, and MET, the share of criteria met, without
+    weights. The others are counts and shares.
     """
     rows = [row for group in groups for row in group.rows]
-    both = lambda name: tuple(pass_rate(groups, name, of_references=of) for of in (False, True))
+    met = tuple(pass_rate(groups, of_references=of) for of in (False, True))
     tally = lambda name: sum((Counter(getattr(row, name)) for row in rows), Counter())
     scores = _rate(groups, lambda row: row.scores), _rate(groups, lambda row: row.reference_scores)
     correct = [right for group in groups if (right := group.correct) is not None]
@@ -228,7 +314,7 @@ def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> dict[st
         "failed groups": mean(map(float, failed)),
         "num_rollouts": sum(group.scores.size for group in groups),
         "num_unscored": sum(int((~np.isfinite(group.scores)).sum()) for group in groups),
-        "rates": {"score": scores} | {f"met: {name}": both(name) for name in (*named, ALL)},
+        "rates": {"score": scores, MET: met},
         "stages": _stage_means(rows),
         # Groups with scores whose rollouts all have the same score.
         "tied groups": mean(float(group.is_tied) for group in groups if not group.is_failed),
@@ -242,25 +328,9 @@ def summary(groups: Sequence[JudgedGroup], named: Sequence[str] = ()) -> dict[st
     }
 
 
-def categories(groups: Iterable[JudgedGroup]) -> list[str]:
-    """The most frequent categories of criteria."""
-    rows = (row for group in groups for row in group.rows)
-    found = Counter(each["category"] for row in rows for each in row.criteria)
-    return [name for name, _ in found.most_common(_CATEGORIES)]
-
-
-def pass_rate(
-    groups: Sequence[JudgedGroup], category: str = ALL, *, of_references: bool = False
-) -> Rate | None:
-    """Share of criteria met, without weights, over rollouts (or references) with verdicts; None
-    without verdicts.
-    """
-
-    def values(row: JudgedRow) -> np.ndarray:
-        met = row.reference_met if of_references else row.met
-        return met[:, [category in (ALL, each["category"]) for each in row.criteria]].ravel()
-
-    return _rate(groups, values)
+def pass_rate(groups: Sequence[JudgedGroup], *, of_references: bool = False) -> Rate | None:
+    """Share of criteria that rollouts (or references) meet, unweighted; None without verdicts."""
+    return _rate(groups, lambda row: (row.reference_met if of_references else row.met).ravel())
 
 
 def _rate(groups: Sequence[JudgedGroup], values: Callable[[JudgedRow], np.ndarray]) -> Rate | None:
@@ -294,9 +364,7 @@ def _signal(rows: Iterable[JudgedRow]) -> dict[str, float | None]:
 
 
 def _truth(groups: Iterable[JudgedGroup]) -> dict[str, Any]:
-    """Scores of right and wrong answers: `auc` over all pairs of a right and a wrong rollout, and
-    shares of the `num_pairs` inside of groups; `histogram` by tenth of the score.
-    """
+    """Scores of right and wrong answers: `auc` of all pairs, shares of the pairs of one group."""
     known = [
         (group.scores[has], correct[has])
         for group in groups
@@ -312,8 +380,6 @@ def _truth(groups: Iterable[JudgedGroup]) -> dict[str, Any]:
     pairs = [np.sign(own[good][:, None] - own[~good]).ravel() for own, good in known]
     signs = np.concatenate([empty[0], *pairs])
     share = lambda sign: mean((signs == sign).astype(float).tolist())
-    # A little is added, so that rounding does not move 0.3 down.
-    tenths = lambda one: np.histogram(np.minimum(one + 1e-7, 1), 10, (0, 1))[0].tolist()
     return {
         "num_right": right.size,
         "num_wrong": wrong.size,
@@ -324,5 +390,4 @@ def _truth(groups: Iterable[JudgedGroup]) -> dict[str, Any]:
         "right higher": share(1),
         "tied pairs": share(0),
         "bad updates": share(-1),
-        "histogram": (tenths(right), tenths(wrong)),
     }

@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-import collections
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from opdjax.config.recipes import RECIPES, Recipe
 from opdjax.runs.results import AXES, Run, mean
 
 SCORES = ("avg@k", "greedy", "pass@k")
 _POSITION = re.compile(r"kl/position/(\d+)-(\d+)")
 
 Bucket = tuple[int, int]  # first and last completion token, both included
-
-
-def evaluated(run: Run) -> list[dict[str, Any]]:
-    """The evaluations at the temperature of the config, by step."""
-    temperature = next(iter(run.config.get("evaluation", {}).get("temperatures", ())), None)
-    rows = (row for row in run.evaluations if row.get("temperature") == temperature)
-    by_step = {row["step"]: row for row in rows if "avg@k" in row}
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def recipe_of(run: Run) -> Recipe | None:
-    """The row of the run's recipe; None for a recipe that this version does not have."""
-    return RECIPES.get(run.config["estimator"]["recipe"])
-
-
-def estimator_options(run: Run) -> dict[str, Any]:
-    """The options of the recipe that the config sets, and the aggregation."""
-    given = run.config["estimator"].items()
-    return {name: v for name, v in given if v is not None and name != "recipe"}
-
-
-def samples_per_prompt(run: Run) -> int | None:
-    """The k of avg@k and pass@k."""
-    rows = evaluated(run)
-    return rows[0].get("k") if rows else None
 
 
 def totals(run: Run, axis: str, steps: Iterable[int]) -> list[float] | None:
@@ -50,24 +23,15 @@ def totals(run: Run, axis: str, steps: Iterable[int]) -> list[float] | None:
 
 
 def spent(run: Run, axis: str) -> float | None:
-    """The total cost in units of the axis, None if not recorded; seconds of a finished run are
-    those of its result.
-    """
+    """The total cost in units of the axis, None if unknown; of seconds, that of the result."""
     if axis == "seconds" and run.seconds is not None:
         return run.seconds
     found = totals(run, axis, [run.metrics[-1]["step"]]) if run.metrics else None
     return found[0] if found else None
 
 
-def steps_of(run: Run) -> list[int]:
-    """The steps that `Run.column` has values for."""
-    return [row["step"] for row in run.metrics]
-
-
 def end_length(num_steps: int) -> int:
-    """Number of first and of last steps that are compared: a tenth, at least ten, but never more
-    than half, so that no step is on both sides.
-    """
+    """Number of first and of last steps that are compared: a tenth, at least ten, at most half."""
     return max(1, min(max(10, num_steps // 10), num_steps // 2))
 
 
@@ -78,13 +42,13 @@ def end_mean(run: Run, name: str) -> float | None:
 
 def kl_by_position(rows: list[dict[str, Any]]) -> dict[Bucket, float]:
     """KL(student || teacher), nats, in each range of completion tokens, mean over the rows."""
-    found: dict[Bucket, list[float | None]] = collections.defaultdict(list)
-    for row in rows:
-        for name, value in row.items():
-            if match := _POSITION.fullmatch(name):
-                found[int(match[1]), int(match[2])].append(value)
-    means = {bucket: mean(values) for bucket, values in sorted(found.items())}
-    return {bucket: value for bucket, value in means.items() if value is not None}
+    matches = {name: _POSITION.fullmatch(name) for row in rows for name in row}
+    means = {
+        (int(match[1]), int(match[2])): mean(row.get(name) for row in rows)
+        for name, match in matches.items()
+        if match
+    }
+    return {bucket: value for bucket, value in sorted(means.items()) if value is not None}
 
 
 def bucket_label(bucket: Bucket) -> str:

@@ -1,34 +1,36 @@
 """One HTML page for a work directory, a sweep, an audit or two runs, and its facts as JSON.
 
-The page is a single file: it loads nothing from elsewhere and is readable without JavaScript.
+Facts are dictionaries and frozen dataclasses of numbers and texts. A Jinja2 template turns those of
+one kind of page into sentences, tables and drawings, and escapes every text. The page is a single
+file: it loads nothing from elsewhere and needs no JavaScript.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import math
 import pathlib
+import re
+import types
 from typing import Any
 
-from opdjax.config import rubrics
-from opdjax.report import audit, judged, judgements, measures, near_policy, run, table, timeline
-from opdjax.report.against import against_facts
-from opdjax.report.audit import audit_facts
-from opdjax.report.drawing import require_matplotlib
-from opdjax.report.render import exported, facts_as_json, render
-from opdjax.report.run import run_facts
+import jinja2
+from markupsafe import Markup
+
+from opdjax.config import PACKAGE, rubrics
+from opdjax.report import audit, drawing, judgements, measures, near_policy, run, table, text
 from opdjax.report.sweep import sweep_facts
 from opdjax.runs import statistics
-from opdjax.runs.results import FAILURE, is_sweep, read_points, read_run
+from opdjax.runs.results import FAILURE, is_number, is_sweep, read_points, read_run
 from opdjax.runs.workdir import WorkdirError, read_json
 
 AUDIT = "audit.json"
-# What a template reads beside its facts.
-_CONTEXTS: dict[str, dict[str, Any]] = {
-    "against": {},
-    "audit": exported(audit),
-    "run": exported(measures, judgements, near_policy, timeline, judged, run, statistics, rubrics),
-    "sweep": exported(table, statistics),
-}
+_ASSETS = PACKAGE / "assets" / "report"
+# Templates use their public functions, classes and constants.
+_MODULES = (text, drawing, measures, judgements, near_policy, run, audit, table)
+_MODULES += (statistics, rubrics)
 
 
 def write_report(
@@ -45,13 +47,13 @@ def write_report(
     does not exist; ImportError without matplotlib, which the facts do not need.
     """
     if not as_json:
-        require_matplotlib()
+        drawing.require_matplotlib()
     output = output or directory / page_name(against, as_json=as_json)
     kind, facts = _facts(directory, against)
-    text = facts_as_json(facts) if as_json else render(f"{kind}.html", facts, **_CONTEXTS[kind])
+    page = facts_as_json(facts) if as_json else _render(kind, facts)
     if not output.parent.is_dir():
         raise WorkdirError(f"--output {output}: there is no directory {output.parent}")
-    output.write_text(text, encoding="utf-8")
+    output.write_text(page, encoding="utf-8")
     return output
 
 
@@ -67,11 +69,11 @@ def write_audit_report(directory: pathlib.Path) -> str:
     Without matplotlib no page is written. That is no error: audit.json has the measurements.
     """
     try:
-        require_matplotlib()
+        drawing.require_matplotlib()
     except ImportError as error:
         return f"wrote {directory / AUDIT} without a page: {error}"
     page = directory / "audit.html"
-    page.write_text(render("audit.html", _audit(directory), **_CONTEXTS["audit"]), "utf-8")
+    page.write_text(_render("audit", _audit(directory)), "utf-8")
     return f"wrote {page}"
 
 
@@ -84,13 +86,13 @@ def _facts(directory: pathlib.Path, against: pathlib.Path | None) -> tuple[str, 
         one, two = directory.resolve(), against.resolve()
         depth = 1 if one.name != two.name else 2
         names = ["/".join(each.parts[-depth:]) for each in (one, two)]
-        return "against", against_facts(read_run(directory), read_run(against), names)
+        return "against", run.against_facts(read_run(directory), read_run(against), names)
     if is_sweep(directory):
         return "sweep", sweep_facts(read_points(directory), directory.resolve().name)
     if (directory / "config.json").exists():
         file = directory / FAILURE
-        failure = json.loads(file.read_text("utf-8")) if file.exists() else None
-        return "run", run_facts(read_run(directory), failure)
+        failure = read_json(file, "delete it") if file.exists() else None
+        return "run", run.run_facts(read_run(directory), failure)
     if (directory / AUDIT).exists():
         return "audit", _audit(directory)
     raise WorkdirError(
@@ -101,4 +103,66 @@ def _facts(directory: pathlib.Path, against: pathlib.Path | None) -> tuple[str, 
 
 def _audit(directory: pathlib.Path) -> dict[str, Any]:
     document = read_json(directory / AUDIT, "run opdjax audit again")
-    return audit_facts(document, directory.resolve().name)
+    return audit.audit_facts(document, directory.resolve().name)
+
+
+# From facts to texts
+
+
+def _exported(module: types.ModuleType) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (name.isupper() or getattr(value, "__module__", None) == module.__name__)
+    }
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_ASSETS),
+        autoescape=True,
+        extensions=["jinja2.ext.do"],
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= _exported(text)
+    made.tests["finite"] = is_number
+    for module in _MODULES:
+        made.globals |= _exported(module)
+    made.globals |= {each.__name__: each for each in (zip, contents, is_number)}
+    made.globals["style"] = (_ASSETS / "page.css").read_text("utf-8")
+    return made
+
+
+def _render(kind: str, facts: Any) -> str:
+    """The page of the facts, `f` in its template."""
+    return _environment().get_template(f"{kind}.html").render(f=facts)
+
+
+def contents(body: str) -> list[tuple[str, Markup]]:
+    """(id, title) of the sections of a page."""
+    found = re.findall(r'<section id="([^"]*)"><h2>(.*?)</h2>', body)
+    return [(anchor, Markup(title)) for anchor, title in found]
+
+
+def facts_as_json(facts: Any) -> str:
+    """The facts as JSON, without fields outside of `repr`; null stands for no finite number."""
+    return json.dumps(_plain(facts), indent=1, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        names = (field.name for field in dataclasses.fields(value) if field.repr)
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)

@@ -1,33 +1,36 @@
-"""The facts of a run's page: what was trained, the result, and how training went."""
+"""The facts of a run's page: what was trained, the result, and how training went; and of two runs
+side by side: settings, data, machine, scores and cost.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from opdjax.config import Config
-from opdjax.config.recipes import Recipe
+from opdjax.config.recipes import RECIPES, Recipe
+from opdjax.config.saved import upgrade
 from opdjax.config.validation import to_dict
 from opdjax.report import measures
-from opdjax.report.answers import first_and_last
-from opdjax.report.drawing import finite, smooth, smoothing_window
-from opdjax.report.judged import cost_facts, judged_facts
-from opdjax.report.near_policy import filter_facts, staleness_facts
-from opdjax.report.text import fixed, percent, shown, spread
-from opdjax.report.timeline import timeline_facts
+from opdjax.report.drawing import finite
+from opdjax.report.judgements import cost_facts, judged_facts
+from opdjax.report.near_policy import filter_facts, staleness_facts, timeline_facts
+from opdjax.report.text import fixed, percent, prompt_text, shown, spread
 from opdjax.runs.results import AXES, Run, is_number
-from opdjax.runs.statistics import has_right_answer
+from opdjax.runs.statistics import has_right_answer, paired_ratios, seed_interval
 
 # Limits that keep a page small: steps, rollouts per step, tokens per rollout.
 _STEPS, _ROLLOUTS, MAX_TOKENS = 5, 4, 256
+_PROMPTS = 6  # whose answers are shown
 
 
 def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The facts of the run in a work directory; `failure` is the content of failure.json."""
-    recipe, rows = measures.recipe_of(run), measures.evaluated(run)
-    steps, length = measures.steps_of(run), measures.end_length(len(run.metrics))
+    estimator, rows = run.config["estimator"], run.evaluated
+    recipe = RECIPES.get(estimator["recipe"])  # None for one that this version does not have
+    options = {name: v for name, v in estimator.items() if v is not None and name != "recipe"}
+    steps, length = run.column("step"), measures.end_length(len(run.metrics))
     keys = dict.fromkeys(key for row in run.metrics for key in row if key != "step")
     losses = zip(run.metrics, run.column("loss/objective"))
     return {
@@ -37,12 +40,12 @@ def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, A
         "judge": measures.model_name((run.config.get("verifier") or {}).get("model") or "a judge")
         if recipe and recipe.is_judged
         else None,
-        "recipe": run.config["estimator"]["recipe"],
+        "recipe": estimator["recipe"],
         "description": recipe.description if recipe else "",
-        "options": {key: shown(v) for key, v in measures.estimator_options(run).items()},
+        "options": {name: shown(v) for name, v in options.items()},
         "completions_from": run.config["sampling"].get("completions_from", "student"),
         "student_fraction": run.config["sampling"].get("student_fraction", 0),
-        "teacher_need": recipe.teacher_need(measures.estimator_options(run)) if recipe else None,
+        "teacher_need": recipe.teacher_need(options) if recipe else None,
         "is_rewarded": recipe is not None and recipe.is_rewarded,
         # Of near-policy rollouts, or none.
         "schedule": run.config["near_policy"]["schedule"] if run.is_near_policy else "none",
@@ -68,16 +71,16 @@ def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, A
             "length": length,
         },
         "is_kl_sampled": _is_kl_sampled(run, recipe),
-        "signal_to_noise": _signal_to_noise(run),  # of the gradient, by step
         "is_all_wrong": bool(rows) and not has_right_answer(run.evaluations),
-        "k": measures.samples_per_prompt(run),
+        "k": rows[0].get("k") if rows else None,
         "temperature": rows[0].get("temperature") if rows else None,
         "evaluations": [{key: v for key, v in row.items() if key not in _LONG} for row in rows],
+        "divergences": _divergences(run),
         "result": run.result or {},
         "spent": _spent(run, [row["step"] for row in rows]),  # up to each evaluation, by axis
         "positions": _positions(run, length),  # (early, late) KL by position
         "rollouts": _rollouts(run),
-        "answers": first_and_last(run),
+        "answers": side_by_side({f"step {row['step']:,}": row for row in rows[:1] + rows[1:][-1:]}),
         "staleness": staleness_facts(run),
         "filtering": filter_facts(run),
         "timeline": timeline_facts(run),
@@ -92,22 +95,19 @@ def run_facts(run: Run, failure: Mapping[str, Any] | None = None) -> dict[str, A
 _LONG = ("answers", "per_prompt", "per_prompt_greedy", "per_prompt_pass")  # not on the page
 
 
+def _divergences(run: Run) -> list[dict[str, Any]]:
+    """The held-out divergences by step, without their sums by prompt."""
+    without = lambda row: {name: v for name, v in row.items() if name not in _LONG}
+    both = ("student", "teacher")
+    return [row | {who: without(row[who]) for who in both} for row in run.divergences]
+
+
 def _is_kl_sampled(run: Run, recipe: Recipe | None) -> bool:
     """Whether kl/student_teacher is kl/k1, the mean log-ratio of the sampled tokens."""
     estimate = run.column("kl/k1")
     if finite(estimate):
         return run.column("kl/student_teacher") == estimate
     return recipe is not None and recipe.teacher == "token"
-
-
-def _signal_to_noise(run: Run) -> list[float | None]:
-    """Smoothed signal over smoothed noise: the signal of one step has either sign."""
-    window = smoothing_window(len(run.metrics))
-    signal, noise = (
-        smooth(run.column(f"grad/{name}_squared"), window) for name in ("signal", "noise")
-    )
-    ratio = np.divide(signal, noise, out=np.full(len(noise), np.nan), where=noise > 0)
-    return [float(value) if np.isfinite(value) else None for value in ratio]
 
 
 def _spent(run: Run, steps: Sequence[int]) -> dict[str, list[float]]:
@@ -121,6 +121,29 @@ def _positions(run: Run, length: int) -> dict[str, tuple[float | None, float | N
     early, late = map(measures.kl_by_position, (run.metrics[:length], run.metrics[-length:]))
     buckets = sorted(early.keys() | late.keys())
     return {measures.bucket_label(each): (early.get(each), late.get(each)) for each in buckets}
+
+
+def side_by_side(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of some evaluations, by their names, to the prompts on which they differ most:
+    first those with mixed grades. `answers` are (text, whether it is right, who gave it).
+    """
+    found: dict[str, dict[tuple[str, bool], list[str]]] = {}
+    references = {}
+    for name, row in rows.items():
+        for each in row.get("answers") or ():
+            prompt, answer = prompt_text(each["prompt"]), (each["completion"], each["is_right"])
+            references[prompt] = each["answer"]
+            found.setdefault(prompt, {}).setdefault(answer, []).append(name)
+    variety = lambda prompt: (len({is_right for _, is_right in found[prompt]}), len(found[prompt]))
+    shared = [prompt for prompt, given in found.items() if sum(map(len, given.values())) > 1]
+    return [
+        {
+            "prompt": prompt,
+            "reference": references[prompt],
+            "answers": [(*answer, ", ".join(names)) for answer, names in found[prompt].items()],
+        }
+        for prompt in sorted(shared, key=variety, reverse=True)[:_PROMPTS]
+    ]
 
 
 # Rollouts
@@ -194,3 +217,80 @@ def _settings(run: Run) -> list[dict[str, str | None]]:
         {"name": name, "value": value, "default": None if default[name] == value else default[name]}
         for name, value in found.items()
     ]
+
+
+# Two runs side by side
+
+_HITS = {"avg@k": "per_prompt", "greedy": "per_prompt_greedy"}
+
+
+def against_facts(run: Run, other: Run, names: tuple[str, str]) -> dict[str, Any]:
+    """The facts of a run and of the one it is compared with; every pair is in this order."""
+    runs = run, other
+    digests = [each.data.get("evaluation") for each in runs]
+    is_paired = digests[0] == digests[1]
+    unfinished = [each.workdir.name for each in runs if each.result is None]
+    notices = [f"{name} is not finished: it has no final scores." for name in unfinished]
+    was_evaluated = lambda each: each.data.get("evaluation") is not None or each.divergences
+    if without := [each.workdir.name for each in runs if not was_evaluated(each)]:
+        names_ = " and ".join(without)
+        notices.append(f"{names_} had no evaluation: there are no scores to compare.")
+    elif not is_paired:
+        notices.append("They were evaluated on different prompts: their scores do not compare.")
+    spent = {axis: [measures.spent(each, axis) for each in runs] for axis in AXES}
+    parts = {
+        "settings": [settings_of(each.config) for each in runs],
+        "data": [each.data for each in runs],
+        "environment": [each.environment for each in runs],
+    }
+    return {
+        "names": names,
+        "seeds": [each.config["seed"] for each in runs],
+        "notices": notices,
+        "scores": _scores(runs, is_paired=is_paired),
+        "costs": {axis: each for axis, each in spent.items() if all(map(is_number, each))},
+        "differences": {part: differing(each) for part, each in parts.items()},  # by field
+    }
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by dotted field under today's names, without the seed."""
+    settings = measures.leaves(upgrade(dict(config)))
+    settings.pop("seed")
+    return settings
+
+
+def differing(each: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    """The fields in which the settings of runs or arms differ, with the value of each."""
+    names = dict.fromkeys(name for settings in each for name in settings)
+    found = {name: tuple(settings.get(name) for settings in each) for name in names}
+    return {name: values for name, values in found.items() if len({*map(json.dumps, values)}) > 1}
+
+
+def _scores(runs: Sequence[Run], *, is_paired: bool) -> dict[str, list[tuple[Any, ...]]]:
+    """By score: that of both runs, each with half its 95 % interval over prompts, and the first
+    minus the second, paired by prompt, if they can be.
+    """
+    found = {}
+    both = lambda rows, name: [(row.get(name), row.get(f"{name}_interval")) for row in rows]
+    same = lambda rows, *names: all(rows[0].get(name) == rows[1].get(name) for name in names)
+    is_one_source = same([each.config["evaluation"] for each in runs], "source")
+    for moment in ("before", "after"):
+        rows = [(each.result or {}).get(f"eval_{moment}", {}) for each in runs]
+        for name in measures.SCORES:
+            values = both(rows, name)
+            one, two = (row.get(_HITS.get(name)) or [] for row in rows)
+            if is_paired and same(rows, "n") and len(one) == len(two) > 0:
+                trials = rows[0]["n"] if name == "avg@k" else 1
+                values.append(seed_interval([(a - b) / trials for a, b in zip(one, two)]))
+            if any(is_number(value) for value, _ in values):
+                found[f"{name} {moment} training"] = values
+        rows = [(each.result or {}).get(f"divergence_{moment}", {}) for each in runs]
+        is_same = is_paired and is_one_source and same(rows, "temperature", "num_prompts", "n")
+        for writer in ("student", "teacher") if any(rows) else ():
+            own = [row.get(writer, {}) for row in rows]
+            values = both(own, "reverse_kl")
+            if is_same:
+                values.append(paired_ratios(*(row["per_prompt"] for row in own)))
+            found[f"KL(S || T) {moment} training, {writer}'s answers"] = values
+    return found

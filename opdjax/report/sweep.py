@@ -16,25 +16,19 @@ from typing import Any
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import ConfigError
 from opdjax.report import drawing, measures
-from opdjax.report.against import differing, settings_of
-from opdjax.report.answers import of_arms
 from opdjax.report.drawing import REST, SERIES, Line
 from opdjax.report.papers.compare import compare_all
-from opdjax.report.table import COLUMNS, column_interval
+from opdjax.report.run import differing, settings_of, side_by_side
+from opdjax.report.table import COLUMNS, column_interval, interval
 from opdjax.report.text import fixed, shown
 from opdjax.runs.results import AXES, Point, Run, is_number, mean, read_run, seed_groups
-from opdjax.runs.statistics import NO_RIGHT_ANSWER, has_right_answer, seed_interval
+from opdjax.runs.statistics import NO_RIGHT_ANSWER, has_right_answer
 from opdjax.runs.workdir import WorkdirError
 
 Interval = tuple[float, float]  # mean over seeds, half width of its 95 % interval
 Lines = dict[str, Line]  # by arm, the best first
-_VARYING = 6  # most settings in a point's row
 _LINE_LENGTH = 150  # points of a drawn line
-_METRICS = (  # drawn
-    *("kl/student_teacher", "grad/norm"),
-    *("rubric/reward_mean", "rubric/auc", "rubric/tied_groups", "rubric/no_signal_share"),
-    *("staleness/kl", "staleness/mean", "staleness/effective_sample_size", "filter/keep_rate"),
-)
+_METRICS = ("kl/student_teacher", "grad/norm", "rubric/reward_mean", "staleness/kl")  # drawn
 # Numbers of judged arms, and of arms that sample ahead of their update.
 NUMBERS: Mapping[str, Callable[[Run], float | None]] = {
     "reward, last 10 steps": lambda run: run.last_mean("rubric/reward_mean"),
@@ -79,12 +73,11 @@ def sweep_facts(points: Sequence[Point], name: str) -> dict[str, Any]:
     finished = [run for arm in arms for run in arm.runs]
     first, *others = [measures.leaves(point.config) for point in points]
     varying = differing([first, *others])
-    few = [name for name in varying if len(varying) <= _VARYING or name == "seed"]
     ahead = [arm for arm in arms if arm.numbers["staleness KL"]]
     scores = {arm.name: fixed(arm.score and arm.score[0]) for arm in arms}
     return {
         "name": name,
-        "k": _agreed(measures.samples_per_prompt(run) for arm in every for run in arm.runs),
+        "k": _agreed(row.get("k") for arm in every for run in arm.runs for row in run.evaluated),
         "notices": [*_notices(finished, list(runs.values())), *damaged],
         "arms": arms,
         # The arms that share the highest score, at three digits.
@@ -102,8 +95,10 @@ def sweep_facts(points: Sequence[Point], name: str) -> dict[str, Any]:
             name: metric_lines(ahead if name.startswith("staleness/") else arms, name)
             for name in _METRICS
         },
-        "answers": of_arms([(arm.name, arm.runs) for arm in arms]),
-        "points": [_point(point, runs.get(point.workdir), few) for point in points],
+        "answers": side_by_side(
+            {arm.name: row for arm in arms for run in arm.runs[:1] for row in run.evaluated[-1:]}
+        ),
+        "points": [_point(point, runs.get(point.workdir)) for point in points],
         "papers": compare_all(points),
         "common": {name: shown(value) for name, value in first.items() if name not in varying},
     }
@@ -135,8 +130,8 @@ def _agreed(values: Iterable[Any]) -> Any:
 def _notices(finished: Sequence[Run], runs: Sequence[Run]) -> list[str]:
     """What runs should share and do not, and graders that found nothing right."""
     found = []
-    parts = {"prompts": "data", "evaluation": "evaluation"}
-    for digest, part in (parts | {model: model for model in ("student", "teacher")}).items():
+    for digest in ("prompts", "evaluation", "student", "teacher"):
+        part = "data" if digest == "prompts" else digest
         digests: dict[str, set[str]] = collections.defaultdict(set)
         for run in finished:  # a run without a teacher has no digest of one
             digests[repr(run.config.get(part))] |= {run.data.get(digest)} - {None}
@@ -153,12 +148,6 @@ def _notices(finished: Sequence[Run], runs: Sequence[Run]) -> list[str]:
     if evaluations and not has_right_answer(evaluations):
         found.append(f"{NO_RIGHT_ANSWER.capitalize()}.")
     return found
-
-
-def interval(values: Iterable[float | None]) -> Interval | None:
-    """`seed_interval` of the finite values; None if there are none."""
-    known = [float(value) for value in values if is_number(value)]
-    return seed_interval(known) if known else None
 
 
 def _ranked(points: Sequence[Point], runs: Mapping[pathlib.Path, Run]) -> list[Arm]:
@@ -186,8 +175,9 @@ def _ranked(points: Sequence[Point], runs: Mapping[pathlib.Path, Run]) -> list[A
                 runs=tuple(done),
             )
         )
-    rank = lambda arm: (arm.is_reference, not arm.runs, -(arm.score or (-math.inf,))[0])
-    arms.sort(key=rank)
+    score = lambda arm: (arm.score or (-math.inf,))[0]
+    kl = lambda arm: (arm.numbers["KL(S || T)"] or (math.inf,))[0]  # where nothing was graded
+    arms.sort(key=lambda arm: (arm.is_reference, not arm.runs, -score(arm), kl(arm)))
     labels = [label(arm.settings) for arm in arms]
     # Where there are too many arms, only the first, which are the best, have a colour.
     num_drawn = sum(bool(arm.runs) and not arm.is_reference for arm in arms)
@@ -239,20 +229,17 @@ def _band(x: Iterable[float], values: Iterable[Interval | None], slot: int, **st
 
 def _curves(arms: Sequence[Arm], axis: str) -> dict[str, Lines]:
     """The scores during training; a score that no arm has at two steps is left out."""
-    found = {
-        score: {arm.name: line for arm in arms if (line := _score_line(arm, axis, score))}
-        for score in measures.SCORES
-    }
-    is_curve = lambda lines: any(len(line.x) > 1 for line in lines.values())
-    return {score: lines for score, lines in found.items() if is_curve(lines)}
+    found = {}
+    for score in measures.SCORES:
+        lines = {arm.name: line for arm in arms if (line := _score_line(arm, axis, score))}
+        if any(len(line.x) > 1 for line in lines.values()):
+            found[score] = lines
+    return found
 
 
 def _score_line(arm: Arm, axis: str, score: str) -> Line | None:
     """A score at the steps where every run of the arm was evaluated."""
-    found = [
-        {row["step"]: row[score] for row in measures.evaluated(run) if score in row}
-        for run in arm.runs
-    ]
+    found = [{row["step"]: row[score] for row in run.evaluated if score in row} for run in arm.runs]
     steps = sorted(set.intersection(*map(set, found))) if found else []
     spent = [measures.totals(run, axis, steps) for run in arm.runs]
     if not steps or None in spent:
@@ -270,7 +257,7 @@ def metric_lines(arms: Sequence[Arm], name: str) -> dict[str, Line]:
             kept = slice(0, length, math.ceil(length / _LINE_LENGTH))
             window = lambda run: drawing.smoothing_window(len(run.metrics))
             columns = [drawing.smooth(run.column(name), window(run))[kept] for run in runs]
-            values, steps = map(interval, zip(*columns)), measures.steps_of(runs[0])[kept]
+            values, steps = map(interval, zip(*columns)), runs[0].column("step")[kept]
             found[arm.name] = _band(steps, values, arm.slot, has_markers=False)
     return found
 
@@ -286,14 +273,12 @@ def _api(run: Run, share: int, *kinds: str) -> float | None:
     return math.fsum(filter(is_number, found)) / share if found else None
 
 
-def _point(point: Point, run: Run | None, names: Sequence[str]) -> dict[str, Any]:
+def _point(point: Point, run: Run | None) -> dict[str, Any]:
     """A point and the result of its run."""
-    settings = measures.leaves(point.config)
     after = ((run and run.result) or {}).get("eval_after", {})
     return {
         "id": point.id,
         "state": point.status,
-        "settings": {name: shown(settings.get(name)) for name in names},
         "failure": measures.failure_texts(point.failure or {}) if point.status == "failed" else {},
         "step": run.metrics[-1]["step"] if run and run.metrics else 0,
         "num_steps": run.planned_steps if run else 0,

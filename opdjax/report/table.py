@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -11,9 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from opdjax.report.measures import SCORES
-from opdjax.report.papers.compare import Cell, Comparison, Interval, Verdict, compare, finite
-from opdjax.report.papers.tables import paper_named, paper_tables
+from opdjax.report.papers import compare
+from opdjax.report.papers.compare import Cell, Comparison, Verdict
 from opdjax.runs.results import (
+    DIVERGENCES,
     Point,
     Run,
     SeedGroup,
@@ -32,6 +34,12 @@ COLUMNS: dict[str, Callable[[Run], float | None]] = {
     "greedy": lambda run: run.score("greedy"),
     "pass@k": lambda run: run.score("pass@k"),
     "gain in avg@k": lambda run: run.gain,
+    **{
+        f"{label}{where}": functools.partial(Run.divergence, name=name, writer=writer)
+        for writer, where in (("student", ""), ("teacher", ", T's answers"))
+        for name, label in list(DIVERGENCES.items())[:4]
+    },
+    "change in KL(S || T)": lambda run: run.change_in_kl,
     "median gradient norm": lambda run: run.median("grad/norm"),
     "KL, last 10 steps": lambda run: run.last_mean("kl/student_teacher"),
     "staleness KL": lambda run: run.staleness,
@@ -47,6 +55,10 @@ _SEEDS = (
 _STALENESS = (
     "Staleness KL: KL(student || behaviour) of the tokens trained on, last 10 steps. Keep rate: "
     "mean over all steps."
+)
+DIVERGENCE_NOTE = (
+    "S: student, T: teacher. KL and JSD, nats a token, and same top, the share of tokens with the "
+    "same most likely id, are of the student's answers to held-out prompts, or of T's answers."
 )
 _KL = (
     "KL is exact, except for opd and for vopd with a top-k baseline, where it is the mean "
@@ -113,6 +125,7 @@ def table(directory: pathlib.Path, format: Format = "markdown") -> str:
     ]
     header = [*names, *(score_label(name, k) for name in columns), "n", "missing"]
     notes = [_SEEDS, _STALENESS] if "staleness KL" in columns else [_SEEDS]
+    notes += [DIVERGENCE_NOTE] if "change in KL(S || T)" in columns else []
     graded = (*SCORES, "gain in avg@k")
     scores = [row["values"][name][0] for row in rows for name in graded if name in row["values"]]
     if scores and not any(scores):
@@ -127,7 +140,7 @@ def _row(group: SeedGroup) -> dict[str, Any]:
     """A setting, the mean and interval of its runs in each column, their number, missing points."""
     runs = read_group(group)
     found = {name: column_interval(name, runs) for name in COLUMNS}
-    values = {name: finite(*interval) for name, interval in found.items() if interval}
+    values = {name: compare.finite(*interval) for name, interval in found.items() if interval}
     about = {"overrides": group.overrides, "values": values}
     return about | {"n": len(runs), "missing": group.missing}
 
@@ -137,19 +150,24 @@ def column_interval(name: str, runs: Sequence[Run]) -> tuple[float, float] | Non
 
     The interval of a share that is 0, or 1, in every seed is that over the prompts.
     """
-    numbers = [value for value in map(COLUMNS[name], runs) if is_number(value)]
-    if not numbers:
-        return None
-    mean, half = seed_interval(numbers)
-    if half == 0 and name in SCORES and mean in (0.0, 1.0):
+    found = interval(map(COLUMNS[name], runs))
+    if name in SCORES and found in ((0.0, 0.0), (1.0, 0.0)):
         counts = (run.result["eval_after"].get("num_prompts", 0) for run in runs if run.result)
-        half = rule_of_three(min(counts))
-    return mean, half
+        return found[0], rule_of_three(min(counts))
+    return found
+
+
+def interval(values: Iterable[float | None]) -> tuple[float, float] | None:
+    """`seed_interval` of the finite values; None if there are none."""
+    known = [float(value) for value in values if is_number(value)]
+    return seed_interval(known) if known else None
 
 
 def list_of_papers() -> str:
     """A line per table of a paper: name, title and paper."""
-    return "\n".join(f"{name:22}{of.title} ({of.paper})" for name, of in paper_tables().items())
+    return "\n".join(
+        f"{name:22}{of.title} ({of.paper})" for name, of in compare.paper_tables().items()
+    )
 
 
 def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown") -> str:
@@ -160,8 +178,8 @@ def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown")
     """
     is_all = name == "all"
     points = read_points(directory)
-    tables = paper_tables().values() if is_all else [paper_named(name)]
-    found = [compare(of, points) for of in tables]
+    tables = compare.paper_tables().values() if is_all else [compare.paper_named(name)]
+    found = [compare.compare(of, points) for of in tables]
     found = [each for each in found if each.is_run or not is_all]
     if not found:
         raise WorkdirError(
@@ -236,7 +254,7 @@ def _ours(cell: Cell, unit: str) -> str:
     return f"≥ {shown} ({n}, {len(cell.censored)} never)" if cell.censored else f"{shown} ({n})"
 
 
-def _significant(found: Interval | None, unit: str = "") -> str:
+def _significant(found: compare.Interval | None, unit: str = "") -> str:
     if found is None:
         return ""
     mean = abs(found[0])

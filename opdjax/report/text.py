@@ -34,11 +34,8 @@ def number(value: Any, smallest: float = 1e-3) -> str:
     """
     if not is_number(value):
         return "–" if value is None or isinstance(value, float) else str(value)
-    if value == 0 or smallest <= abs(value) < 1e4:
-        text = f"{value:.4g}"
-    elif abs(value) >= 1e4:
-        text = f"{value:,.0f}"
-    else:
+    text = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    if 0 < abs(value) < smallest:
         mantissa, exponent = f"{value:.3e}".split("e")
         text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return text.replace("-", "−") if text.startswith("-") else text
@@ -95,9 +92,6 @@ def duration(seconds: float | None) -> str:
 def count(amount: int, noun: str) -> str:
     """Such as 1 seed or 3 seeds."""
     return f"{amount:,} {noun}" + ("" if amount == 1 else "s")
-
-
-# Text
 
 
 def listed(words: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from opdjax.models.hf import Checkpoint, CheckpointError
 from opdjax.models.hf_export import export, export_adapter
 from opdjax.models.lora import continues
 from opdjax.rollouts.setup import needs_teacher, stop_ids, student_view
+from opdjax.runs.results import DIVERGENCES
 from opdjax.runs.workdir import read_json, read_lines, read_run_config, write_json
 
 RECORD = "opdjax.json"
@@ -46,7 +47,7 @@ def export_student(
     """Export the student after `step` to `out`, and its adapters, if it has any, to `OUT_adapter`;
     returns `out`. Adapters of a base that another adapter was merged into are in `out` alone.
 
-    `workdir` holds the run's config.json and eval.jsonl. CheckpointError if `out` is not new.
+    `workdir` holds the run's config.json and evaluations. CheckpointError if `out` is not new.
     """
 
     def describe(directory: pathlib.Path) -> None:
@@ -182,4 +183,6 @@ def _model_card(config: Config, workdir: pathlib.Path, step: int) -> str:
     base = name if is_hub_id and not pathlib.Path(name).exists() else None
     facts = {"base": base, "revision": revision, "step": step, "rows": rows}
     facts["has_teacher"] = needs_teacher(config)
+    measured = [row for row in read_lines(workdir / "divergence.jsonl") if row["step"] == step]
+    facts |= {"divergence": measured[-1] if measured else None, "labels": DIVERGENCES}
     return template.render(config=config, environment=run["environment"], **facts)

@@ -54,7 +54,7 @@ from opdjax.rollouts.rows import (
 from opdjax.rollouts.setup import Setup
 from opdjax.rollouts.source import RolloutSource, SourceStoppedError, StepData
 from opdjax.runs.metrics import Timer
-from opdjax.runs.workdir import WorkdirError, append_lines, read_lines
+from opdjax.runs.workdir import WorkdirError, append_lines
 from opdjax.types import Metrics, PromptBatch, Rollouts, TrainBatch
 
 ROLES = ("rubricator", "verifier")
@@ -82,7 +82,7 @@ class JudgedSource(RolloutSource):
         self._setup, self._workdir, self._background = setup, workdir, background
         self._kind = "scalar" if setup.config.recipe.reward == "scalar" else "rubric"
         self._criteria, self._is_frozen = CriteriaStore(setup.config.rubrics, workdir), False
-        on_process_zero(lambda: self._criteria.restore(read_lines(workdir / ROWS)))
+        on_process_zero(lambda: self._criteria.restore(workdir / ROWS))
 
     def next(self, step: int, timer: Timer) -> StepData:
         """See `RolloutSource`."""

@@ -46,7 +46,7 @@ from opdjax.rollouts.setup import (
 )
 from opdjax.runs.mirror import open_remote_file
 from opdjax.runs.object_store import is_remote
-from opdjax.runs.workdir import WorkdirError, append_lines, locked, read_lines
+from opdjax.runs.workdir import NUMBER, WorkdirError, append_lines, locked, read_lines
 
 Pending = tuple[Prompt, list[int]]  # a prompt, and the numbers of its missing answers
 Answers = list[dict[int, ReferenceAnswer]]  # by prompt and number; failed ones are missing
@@ -240,7 +240,7 @@ def _api_answerer(config: Config, path: pathlib.Path, _: Sequence[Pending]) -> I
             f"teach.model needs another package ({error}): pip install 'opdjax[judge]'"
         ) from error
     spending = path.with_name(f"{path.name}.spending.jsonl")
-    spent = sum(row["dollars"] for row in read_lines(spending))
+    spent = sum(row["dollars"] for row in read_lines(spending, dollars=NUMBER))
     cache = ReplyCache(config.api.cache or path.with_name(f"{path.name}.replies.sqlite"))
     with contextlib.closing(cache), asyncio.Runner() as runner:
         endpoints = {"teacher": config.teach.endpoint(config.api)}

@@ -23,6 +23,7 @@ LIST_BYTES = 1 << 28  # of a .json file of one list, which is read as a whole, u
 # A table may hold this many times the bytes of its file, and EXPANDED_BYTES whatever its file has.
 EXPANSION, EXPANDED_BYTES = 200, 64 << 20
 REPLY_BYTES = 8 << 20  # of a server's response, decompressed; a judge's reply may have a tenth
+CRITERION_CHARS = 2000  # of one that a judge writes; verifiers read all of them with every answer
 REQUEST_TOKENS = 10**8  # that a server may count for one request; more is no count
 MODEL_SIZE = 1 << 24  # of every number of a model's config: width, vocabulary, positions …
 MODEL_LAYERS = 10_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import logging
 import os
@@ -16,7 +18,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -41,6 +42,27 @@ class UnreadableCheckpointError(ValueError):
 # The scores whose best checkpoint is kept, by the first that a run has; lower divergence is better.
 _BEST = {"avg@k": 1, "student/reverse_kl": -1}
 _RECORD = "opdjax"  # name of what is stored beside the arrays: digests, scores, rows of the logs
+
+
+class _Handler(ocp.StandardCheckpointHandler):
+    """Orbax's own handler of a tree of arrays, which also calls `_Save.complete` in the background:
+    before orbax writes the custom metadata, from the dict that it was given.
+    """
+
+    async def async_save(self, directory: epath.Path, args: _Save) -> list[ocp.future.Future]:
+        awaited = await super().async_save(directory, args=args)
+        return [*awaited, ocp.future.ChainedFuture([], args.complete)]
+
+    @classmethod
+    def typestr(cls) -> str:  # what is stored is what orbax's own handler reads
+        return ocp.StandardCheckpointHandler.typestr()
+
+
+@dataclasses.dataclass
+class _Save(ocp.args.StandardSave):
+    """A tree of arrays to save, and what completes the custom metadata of the checkpoint."""
+
+    complete: Callable[[], None] = lambda: None
 
 
 class Checkpointer:
@@ -70,9 +92,11 @@ class Checkpointer:
             create=not is_read_only,
         )
         _check_steps(epath.Path(directory))
-        self._handler = ocp.StandardCheckpointHandler()
+        self._handler = _Handler()
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add("default", _Save, self._handler)
         self._manager = ocp.CheckpointManager(
-            epath.Path(directory), options=options, item_handlers=self._handler
+            epath.Path(directory), options=options, handler_registry=registry
         )
 
     @property
@@ -107,13 +131,14 @@ class Checkpointer:
         if jax.default_backend() == "cpu":
             # On CPU the writer's host copy would be a view of the buffers that are donated next.
             state = jax.tree.map(jnp.copy, state)
-        record = {"digests": digests(state), "scores": evaluation, "logs": logs}
-        self._manager.save(
-            step,
-            args=ocp.args.StandardSave(state),
-            metrics=evaluation,
-            custom_metadata={_RECORD: record, "crc32": _crc32(record)},
-        )
+        started, stored = _start_digests(state), {}
+
+        def complete() -> None:  # in the background: the run need not wait for the digests
+            record = {"digests": _numbers(started), "scores": evaluation, "logs": logs}
+            stored.update({_RECORD: record, "crc32": _crc32(record)})
+
+        args = _Save(state, complete=complete)
+        self._manager.save(step, args=args, metrics=evaluation, custom_metadata=stored)
 
     def logs(self, step: int | None) -> dict[str, Any]:
         """The `logs` that were saved with a step; empty if none were, or there is no step."""
@@ -234,45 +259,48 @@ def set_aside(directory: epath.PathLike) -> epath.Path:
 
 def digests(state: Any) -> dict[str, int]:
     """A 32-bit digest of each array, by its path. It depends on values and their places alone, so
-    it is the same on every mesh. Each process reads its own shards.
+    it is the same on every mesh.
     """
-    names, arrays = zip(*_named(state).items())
-    parts = jax.device_get([_own_parts(array) for array in arrays])
-    sums = [sum(map(int, own)) % 2**32 for own in parts]
-    if jax.process_count() > 1:
-        every = multihost_utils.process_allgather(np.array(sums, np.uint32))
-        sums = np.sum(every, axis=0, dtype=np.uint32).tolist()
-    return dict(zip(names, sums))
+    return _numbers(_start_digests(state))
 
 
-def _own_parts(array: Array) -> list[UInt[Array, ""]]:
-    """The terms of a digest from each shard of this process, once for all copies of a shard."""
-    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    starts = [np.array([part.start or 0 for part in shard.index], np.uint32) for shard in shards]
-    return [_part(shard.data, start, array.shape) for shard, start in zip(shards, starts)]
+def _start_digests(state: Any) -> dict[str, UInt[Array, ""]]:
+    """The digests, which the device may still have to compute."""
+    started = {}
+    for name, array in _named(state).items():
+        started[name] = _jitted_digest()(array)
+        if jax.default_backend() == "cpu" and jax.process_count() > 1:
+            # Collectives of several programs at a time would wait for each other there.
+            started[name].block_until_ready()
+    return started
 
 
-@partial(jax.jit, static_argnames="shape")
-def _part(shard: Array, start: UInt[Array, " axes"], shape: tuple[int, ...]) -> UInt[Array, ""]:
+def _numbers(started: dict[str, UInt[Array, ""]]) -> dict[str, int]:
+    return {name: int(value) for name, value in jax.device_get(started).items()}
+
+
+@functools.cache
+def _jitted_digest() -> Callable[[Array], UInt[Array, ""]]:
+    # XLA for CPU would split a long sum in two passes, with a copy of the array between them.
+    is_cpu = jax.default_backend() == "cpu"
+    options = {"xla_disable_hlo_passes": "tree_reduction_rewriter"} if is_cpu else None
+    return jax.jit(_digest, compiler_options=options)
+
+
+def _digest(array: Array) -> UInt[Array, ""]:
     # A sum of integers is exact in any order. Each term mixes the bits of a value with its index
-    # in the array of this shape (steps of MurmurHash3's finalizer), so that no two changes cancel
-    # but by chance.
-    shard = shard.astype(jnp.uint8) if shard.dtype == bool else shard
-    word = jnp.dtype(f"uint{8 * min(shard.dtype.itemsize, 4)}")
-    words = jax.lax.bitcast_convert_type(shard, word).astype(jnp.uint32)
+    # in the array (steps of MurmurHash3's finalizer), so that no two changes cancel but by chance.
+    array = array.astype(jnp.uint8) if array.dtype == bool else array
+    word = jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
+    words = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
     index = jnp.uint32(0)
-    for axis, size in enumerate(shape):
-        place = start[axis] + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    for axis, size in enumerate(words.shape):  # values of 64 bits have a last axis of two halves
+        place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         index = index * np.uint32(size) + place
-    if words.ndim > len(shape):  # the two halves of values of 64 bits
-        index = 2 * index + jax.lax.broadcasted_iota(jnp.uint32, words.shape, len(shape))
     mixed = words + index * np.uint32(0x9E3779B1)
     mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
-    mixed ^= mixed >> 16
-    while mixed.ndim:  # twice as fast on CPU as all axes at once
-        mixed = jnp.sum(mixed, axis=-1, dtype=jnp.uint32)
-    return mixed
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 def _named(state: Any) -> dict[str, Any]:

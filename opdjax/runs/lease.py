@@ -11,10 +11,8 @@ at once. So at most one of them ever works.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
-import pathlib
 import platform
 import signal
 import sys
@@ -22,10 +20,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from opdjax.runs.object_store import Folder, RemoteError
-from opdjax.runs.workdir import WorkdirError
+from opdjax.runs.workdir import NUMBER, WorkdirError, parse_row
 
 LOST = 75  # exit status of a run that lost its lease
 _SECONDS = 60.0
@@ -38,8 +36,7 @@ class LeaseLostError(RuntimeError):
     exit_status = LOST
 
 
-@dataclasses.dataclass(frozen=True)
-class Holder:
+class Holder(NamedTuple):
     """Content of the highest lease object."""
 
     number: int
@@ -50,24 +47,18 @@ class Holder:
         """Whether the holder released the lease."""
         return bool(self.about.get("released"))
 
-    @property
-    def is_gone(self) -> bool:
-        """Whether the holder released the lease, or all its processes, on this very machine, have
-        ended. Processes of another machine cannot be seen.
-        """
-        is_here = self.about["machine"] == _machine() is not None
-        is_alive = any(_started(pid) == started != 0 for pid, started in self.about["processes"])
-        return self.is_released or (is_here and not is_alive)
-
-    def __str__(self) -> str:
-        pids = ", ".join(str(pid) for pid, _ in self.about["processes"])
-        return f"{self.about['host']} (process {pids})"
-
 
 def holder_of(folder: Folder) -> Holder | None:
-    """The current or last holder of the lease of a folder; None if there never was one."""
-    number = _highest(folder)
-    return Holder(number, json.loads(folder.read(_name(number)))) if number else None
+    """The current or last holder of the lease of a folder; None if there never was one.
+    WorkdirError if its object is damaged.
+    """
+    names = folder.subfolder(".lease").files()
+    number = max(map(int, filter(str.isdecimal, names)), default=0)
+    if not number:
+        return None
+    content, place = folder.read(_name(number)) or b"", f"{folder.url}/{_name(number)}"
+    numbers = dict.fromkeys(("seconds", "time", "clock"), NUMBER)
+    return Holder(number, parse_row(content, place, owner=str, host=str, **numbers))
 
 
 class ExpiryWatch:
@@ -79,7 +70,7 @@ class ExpiryWatch:
 
     def is_free(self, holder: Holder | None) -> bool:
         """Whether the lease may be taken, given the holder that was found now."""
-        if holder is None or holder.is_gone:
+        if holder is None or holder.is_released:
             return True
         if self._seen != holder:
             self._seen, self._since = holder, time.monotonic()
@@ -92,7 +83,7 @@ def _exit_now(error: LeaseLostError) -> None:
     os._exit(LOST)
 
 
-class Lease:
+class Lease(contextlib.AbstractContextManager):
     """A lease held by this process. `start` renews it in the background until `release`.
 
     A child process with `environment` takes it over: its `acquire` creates the next number for the
@@ -134,12 +125,10 @@ class Lease:
             self.check()
             began = time.monotonic()  # no watcher can see the object before
             if self._top <= self.number:
-                self._folder.write(_name(self.number), _content(self._about))
-            self._top = _highest(self._folder)
+                self._write()
+            self._top, about = holder_of(self._folder) or (0, self._about)
             if self._top > self.number:
-                about = json.loads(self._folder.read(_name(self._top)))
-                if about["owner"] != self._about["owner"]:
-                    self._is_lost = True
+                self._is_lost |= about["owner"] != self._about["owner"]
                 began = about["clock"]  # monotonic clock of this machine, the same for a child
             self.check()  # again: the requests may have taken longer than the lease lasts
             self._renewed = began
@@ -175,9 +164,6 @@ class Lease:
             threading.Thread(target=target, daemon=True, name=f"lease-{target.__name__}").start()
         return self
 
-    def __enter__(self) -> Lease:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.release()
 
@@ -187,11 +173,13 @@ class Lease:
         with self._lock:
             if self._about["owner"] != _inherited_owner(self._folder) and not self.is_lost:
                 self.record_progress(released=True)
-                self._folder.write(_name(self.number), _content(self._about))
+                self._write()
+
+    def _write(self) -> None:
+        self._folder.write(_name(self.number), _content(self._about))
 
     def child_started(self, pid: int) -> None:
-        """Count a child as a holder too; a lost lease kills it and its process group."""
-        self.record_progress(processes=[*self._about["processes"], (pid, _started(pid))])
+        """From now on a lost lease kills this child and its process group."""
         self._child = pid
         if self.is_lost:
             self._kill_child()
@@ -213,19 +201,13 @@ def try_acquire(folder: Folder, watch: ExpiryWatch) -> Lease | None:
     """The lease of a folder, else None: if it is free, `watch` saw it expire, or the parent process
     holds it and shares it with this one.
     """
-    holder, pid, shared = holder_of(folder), os.getpid(), {}
-    if holder is not None and holder.about["owner"] == _inherited_owner(folder):
-        shared = holder.about
-    elif not watch.is_free(holder):
-        return None
+    holder, owner = holder_of(folder), _inherited_owner(folder)
+    if holder is None or holder.about["owner"] != owner:
+        if not watch.is_free(holder):
+            return None
+        owner = uuid.uuid4().hex
     number, began = (holder.number if holder else 0) + 1, time.monotonic()
-    about = {
-        "owner": shared.get("owner", uuid.uuid4().hex),
-        "host": platform.node(),
-        "machine": _machine(),
-        "processes": [*shared.get("processes", ()), (pid, _started(pid))],
-        "seconds": lease_seconds(),
-    }
+    about = {"owner": owner, "host": platform.node(), "seconds": lease_seconds()}
     is_first = folder.create(_name(number), _content(about))
     return Lease(folder, number, about, began) if is_first else None
 
@@ -237,11 +219,12 @@ def acquire(folder: Folder) -> Lease:
         holder = holder_of(folder)
         if first is None and holder is not None:
             first, wait = holder, f"waiting up to {holder.about['seconds']:.0f} s"
-            print(f"{folder.url} was last written by {holder}; {wait} to see whether it still runs")
+            last = f"{folder.url} was last written by a run on {holder.about['host']}"
+            print(f"{last}; {wait} to see whether it still runs")
         if holder not in (None, first) and not holder.is_released:
             raise WorkdirError(
-                f"{folder.url} is being written by another run on {holder}; wait for it or choose "
-                "another --workdir"
+                f"{folder.url} is being written by another run on {holder.about['host']}; wait for "
+                "it or choose another --workdir"
             )
         time.sleep(min(1.0, lease_seconds() / 20))
     return lease
@@ -263,26 +246,3 @@ def _content(about: dict[str, Any]) -> bytes:
 
 def _name(number: int) -> str:
     return f".lease/{number:06}"
-
-
-def _highest(folder: Folder) -> int:
-    names = folder.subfolder(".lease", is_flat=True).files()
-    return max(map(int, filter(str.isdecimal, names)), default=0)
-
-
-def _machine() -> str | None:
-    """This boot and process namespace, in which a pid has a meaning; None if unknown."""
-    try:
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _started(pid: int) -> int:
-    """When a process started, in clock ticks since boot: pids are reused; 0 if it has ended."""
-    try:
-        after_name = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if after_name[0] in "ZX" else int(after_name[19])

@@ -89,10 +89,12 @@ def open_workdir(workdir: str | os.PathLike) -> Iterator[WorkdirMirror]:
     folder = Folder(workdir)
     with _leased(folder, folder) as mirror:
         _download(folder, mirror.directory)
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(_try_upload, mirror)
+        try:
             yield mirror
-            on_failure.pop_all()
+        except BaseException:
+            with contextlib.suppress(OSError, LeaseLostError):  # the error of the run is reported
+                mirror.upload()
+            raise
         if (mirror.directory / _RESULT).exists():
             shutil.rmtree(mirror.directory)  # all of it is uploaded
 
@@ -142,11 +144,6 @@ def _download(folder: Folder, directory: pathlib.Path) -> None:
     is_read = lambda name: name == "point.json" or not re.match(_NOT_OF_THE_RUN, name)
     is_wanted = lambda name: is_read(name) and not (is_finished and "/" in name)
     folder.download(directory, is_wanted)
-
-
-def _try_upload(mirror: WorkdirMirror) -> None:
-    with contextlib.suppress(OSError, LeaseLostError):  # the run's own error is the one to report
-        mirror.upload()
 
 
 @contextlib.contextmanager

@@ -28,11 +28,14 @@ from opdjax.runs.statistics import (
     score_label,
 )
 from opdjax.runs.workdir import (
+    NUMBER,
     WorkdirError,
+    damaged,
     read_json,
     read_lines,
     read_run_config,
     refuse_if,
+    require,
 )
 
 POINT, FAILURE, RESULT = "point.json", "failure.json", "result.json"
@@ -57,6 +60,7 @@ class Run:
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    divergences: list[dict[str, Any]]  # rows of divergence.jsonl
     samples: list[dict[str, Any]]
     result: dict[str, Any] | None
 
@@ -73,17 +77,36 @@ class Run:
         """
         return _score((self.result or {}).get(f"eval_{when}", {}), name)
 
+    def divergence(
+        self, name: str, writer: Literal["student", "teacher"] = "student", when: str = "after"
+    ) -> float | None:
+        """One of `DIVERGENCES` after (or before) training, on the answers of the writer."""
+        found = (self.result or {}).get(f"divergence_{when}", {}).get(writer, {}).get(name)
+        return found if is_number(found) else None
+
     def curve(self, name: str) -> list[tuple[int, float]]:
         """(step, score) of all evaluations at the temperature of the config, by step."""
-        temperature = self.config["evaluation"]["temperatures"][0]
-        rows = [row for row in self.evaluations if row["temperature"] == temperature]
-        scores = [(row["step"], _score(row, name)) for row in rows]
-        return sorted((step, score) for step, score in scores if score is not None)
+        scores = ((row["step"], _score(row, name)) for row in self.evaluated)
+        return [(step, score) for step, score in scores if score is not None]
+
+    @property
+    def evaluated(self) -> list[dict[str, Any]]:
+        """The evaluations at the temperature of the config, by step."""
+        temperature = next(iter(self.config.get("evaluation", {}).get("temperatures", ())), None)
+        rows = (row for row in self.evaluations if row.get("temperature") == temperature)
+        by_step = {row["step"]: row for row in rows if "avg@k" in row}
+        return [by_step[step] for step in sorted(by_step)]
 
     @property
     def gain(self) -> float | None:
         """avg@k after training minus before, on the same prompts."""
         return (self.result or {}).get("paired_difference", {}).get("avg@k")
+
+    @property
+    def change_in_kl(self) -> float | None:
+        """KL(student || teacher) on held-out prompts after training minus before."""
+        before, after = (self.divergence("reverse_kl", when=when) for when in ("before", "after"))
+        return None if before is None or after is None else after - before
 
     @property
     def seconds(self) -> float | None:
@@ -226,6 +249,7 @@ def read_run(workdir: pathlib.Path) -> Run:
         found["environment"],
         metrics=read_lines(workdir / "metrics.jsonl"),
         evaluations=read_lines(workdir / "eval.jsonl"),
+        divergences=read_lines(workdir / "divergence.jsonl"),
         samples=read_lines(workdir / "samples.jsonl"),
         result=read_result(workdir) if result.exists() else None,
     )
@@ -242,18 +266,10 @@ def read_timeline(workdir: pathlib.Path, who: Literal["learner", "generator"]) -
     WorkdirError if a row is damaged.
     """
     file = workdir / f"timeline-{who}.jsonl"
-    spans = []
-    for number, row in enumerate(read_lines(file), 1):
-        fields = ("what", "start", "seconds", "step", "version")
-        what, start, seconds, *counts = map(row.get, fields)
-        is_counted = isinstance(what, str) and all(isinstance(value, int) for value in counts)
-        if not (is_counted and is_number(start) and is_number(seconds) and seconds >= 0):
-            raise WorkdirError(
-                f"{file}, row {number} is no span of time: {json.dumps(row)[:80]}; expected what, "
-                "start, seconds (not below 0), step and version. Only the report reads this file, "
-                "so it may be moved"
-            )
-        spans.append(Span(what, float(start), float(seconds), *counts))
+    types = {"what": str, "start": NUMBER, "seconds": NUMBER, "step": int, "version": int}
+    spans = [Span(*(row[name] for name in types)) for row in read_lines(file, **types)]
+    if wrong := [span for span in spans if span.seconds < 0]:
+        raise damaged(str(file), str(wrong[0]), "seconds of 0 or more")
     return sorted(spans, key=lambda span: span.start)
 
 
@@ -343,7 +359,8 @@ def make_result(
     `counts`: `num_steps`, those that were done, skipped steps and prompts. `student`: the exported
     student, relative to the workdir.
     """
-    seconds = sum(row["time/step"] for row in read_lines(workdir / "metrics.jsonl"))
+    steps = read_lines(workdir / "metrics.jsonl", **{"time/step": NUMBER})
+    seconds = sum(row["time/step"] for row in steps)
     result: dict[str, Any] = {
         "recipe": config.estimator.recipe,
         "rows_per_step": config.rows_per_step,
@@ -375,12 +392,13 @@ def evaluations_since_best(workdir: pathlib.Path, config: Config, step: int) -> 
     no answers are graded by KL(student || teacher).
     """
     if config.evaluation.grades:
-        rows = read_lines(workdir / "eval.jsonl")
+        rows = read_lines(workdir / "eval.jsonl", **{"avg@k": NUMBER})
         rows = [row for row in rows if row["temperature"] == config.evaluation.temperature]
         score = lambda row: row["avg@k"]
     else:
-        rows = read_lines(workdir / "divergence.jsonl")
-        score = lambda row: -row["student"]["reverse_kl"]
+        rows = read_lines(file := workdir / "divergence.jsonl")
+        place = lambda row: f"{file}, student of step {row['step']},"
+        score = lambda row: -require(row["student"], place(row), reverse_kl=float)["reverse_kl"]
     rows = sorted((row for row in rows if row["step"] <= step), key=lambda row: row["step"])
     scores = [score(row) for row in rows]
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0

@@ -96,9 +96,25 @@ def clustered_ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float
     The values inside of a cluster may be correlated: an interval for independent values would be
     too narrow.
     """
+    value, influence = _ratio(sums, counts)
+    return value, _clustered_half_width(influence)
+
+
+def paired_ratios(
+    ours: Sequence[tuple[float, int]], plain: Sequence[tuple[float, int]]
+) -> tuple[float, float]:
+    """(ratio of `ours` minus that of `plain`, half width of its 95 % interval), both given as the
+    (sum, count) of the same independent clusters.
+    """
+    (one, left), (two, right) = (_ratio(*zip(*pairs)) for pairs in (ours, plain))
+    return one - two, _clustered_half_width(left - right)
+
+
+def _ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, np.ndarray]:
+    """(sum of `sums` over sum of `counts`, what each cluster adds to its error)."""
     total, count = np.asarray(sums, float), np.asarray(counts, float)
-    value = total.sum() / count.sum()
-    return float(value), _clustered_half_width((total - value * count) / count.sum())
+    value = float(total.sum() / count.sum())
+    return value, (total - value * count) / count.sum()
 
 
 def clustered_auc(

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, TextIO
 from opdjax.config import ApiConfig, Config
 from opdjax.config.saved import lost_settings, upgrade
 from opdjax.config.validation import differences, from_dict, to_dict
+from opdjax.runs.bounds import parse_json
 
 # A directory that holds one of these and no config.json is not empty: a run would overwrite it, or
 # mix with the points of a sweep.
@@ -50,6 +51,18 @@ _EXECUTION_FIELDS = (
 # Logs of whose rows a checkpoint records the number and a digest.
 COUNTED = ("metrics.jsonl", "samples.jsonl", "rubrics.jsonl")
 SPENDING = "spending.jsonl"  # usage and cost by step and role; never cut: the money is spent
+Kind = type | tuple[type, ...]
+NUMBER: Kind = (int, float)  # a finite one; `float` may also be NaN
+# What every row of a log has: its readers rely on it.
+_FIELDS: dict[str, dict[str, Kind]] = {
+    "metrics.jsonl": {"step": int},
+    "samples.jsonl": {"step": int},
+    "frozen_rubrics.jsonl": {"prompt_id": int, "rubric": (list, type(None))},
+    "eval.jsonl": {"step": int, "temperature": NUMBER},
+    "divergence.jsonl": {"step": int, "student": dict, "teacher": dict},
+    SPENDING: {"step": int, "dollars": NUMBER},
+}
+_KINDS = {int: "a whole number", NUMBER: "a finite number", float: "a number", dict: "an object"}
 
 
 class WorkdirError(ValueError):
@@ -170,11 +183,13 @@ def first_day(workdir: pathlib.Path) -> str:
     recorded by the run or by the sweep that it belongs to, else that of the clock.
     """
     found, point = None, workdir / "point.json"
-    if (workdir / "config.json").exists():
+    if (file := workdir / "config.json").exists():
         found = read_run_config(workdir)["config"].get("data", {}).get("date")
-    if found is None and point.exists():
+    if found is None and (file := point).exists():
         found = read_json(point, "delete it, and the sweep writes it again").get("date")
-    return found or datetime.date.today().isoformat()
+    with contextlib.suppress(TypeError, ValueError):
+        return str(datetime.date.fromisoformat(found)) if found else str(datetime.date.today())
+    raise WorkdirError(f"{file} has the date {found!r}; expected YYYY-MM-DD: put it right")
 
 
 def _pop(config: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -234,8 +249,8 @@ def read_json(
     because fields named in `types` are missing or of another type.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise WorkdirError(f"{file} cannot be read as JSON: {error}; {advice}") from error
     if not isinstance(found, dict):
         raise WorkdirError(f"{file} holds a {type(found).__name__}; expected an object; {advice}")
@@ -254,22 +269,45 @@ def write_json(file: pathlib.Path, value: Any) -> None:
     partial.replace(file)
 
 
-def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete rows of a JSONL file; WorkdirError if one is damaged."""
+def read_lines(file: pathlib.Path, **types: Kind) -> list[dict[str, Any]]:
+    """The complete rows of a JSONL file; WorkdirError if one is damaged, or a field that is named
+    in `types` or that every row of this log has is missing or of another type.
+    """
     if not file.exists():
         return []
     *lines, _unfinished = file.read_bytes().split(b"\n")
-    return [_row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line]
+    return [_row(line, file, number, **types) for number, line in enumerate(lines, 1) if line]
 
 
-def _row(line: bytes, place: str) -> dict[str, Any]:
-    with contextlib.suppress(UnicodeDecodeError, json.JSONDecodeError):
-        if isinstance(row := json.loads(line), dict):
-            return row
-    raise WorkdirError(
-        f"{place} is damaged: {line[:60]!r}; expected a JSON object. Repair it or start in a new "
-        "work directory"
-    )
+def _row(line: bytes, file: pathlib.Path, number: int, **types: Kind) -> dict[str, Any]:
+    return parse_row(line, f"{file}, line {number}", **_FIELDS.get(file.name, {}) | types)
+
+
+def parse_row(line: bytes, place: str, **types: Kind) -> dict[str, Any]:
+    """The JSON object, as `require` demands; WorkdirError, which names the place, if it is none."""
+    row = None
+    with contextlib.suppress(ValueError):
+        row = parse_json(line)
+    if not isinstance(row, dict):
+        raise damaged(place, repr(line[:60]), "a JSON object")
+    return require(row, place, **types)
+
+
+def require(row: dict[str, Any], place: str, **types: Kind) -> dict[str, Any]:
+    """The row; WorkdirError, which names its place, if it lacks a field or has another type."""
+    for name, kind in types.items():
+        value = row.get(name, ...)
+        is_finite = kind is not NUMBER or not isinstance(value, float) or math.isfinite(value)
+        if not isinstance(value, kind) or isinstance(value, bool) or not is_finite:
+            found = json.dumps(value)[:60] if name in row else "missing"
+            raise damaged(place, f"`{name}` is {found}", f"{_KINDS.get(kind, 'a list')} there")
+    return row
+
+
+def damaged(place: str, found: str, expected: str) -> WorkdirError:
+    """The error for a row of a log that holds something else than was expected."""
+    advice = "Repair it or start in a new work directory"
+    return WorkdirError(f"{place} is damaged: {found}; expected {expected}. {advice}")
 
 
 def append_lines(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
@@ -296,19 +334,10 @@ def _cut_unfinished_row(file: BinaryIO) -> None:
 def cut_lines(file: pathlib.Path, last_step: int) -> None:
     """Drop the rows after `last_step`, which the resumed run writes again."""
     if file.exists():
-        rows = [row for row in read_lines(file) if _step(row, file) <= last_step]
+        rows = [row for row in read_lines(file, step=int) if row["step"] <= last_step]
         partial = file.with_name(file.name + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         partial.replace(file)
-
-
-def _step(row: dict[str, Any], file: pathlib.Path) -> int:
-    if isinstance(step := row.get("step"), int):
-        return step
-    raise WorkdirError(
-        f"{file} has a row without its step: {json.dumps(row)[:60]}; expected a number in `step`. "
-        "Repair it or start in a new work directory"
-    )
 
 
 class RowCounter:
@@ -348,8 +377,8 @@ class RowCounter:
             if not (text := line.strip()):
                 continue
             number += 1
-            row = _row(text, f"{file}, line {number}")
-            count = rows.setdefault(len(rows) + 1 if is_spending else _step(row, file), [0, 0])
+            row = _row(text, file, number, step=int)
+            count = rows.setdefault(len(rows) + 1 if is_spending else row["step"], [0, 0])
             count[0] += 1
             count[1] += int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
             for column, value in row.items() if is_spending else ():

@@ -15,17 +15,17 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from types import MappingProxyType
 from typing import TextIO
 
 from opdjax.runs.lease import ExpiryWatch, Lease, holder_of, lease_seconds, try_acquire
-from opdjax.runs.object_store import Folder, RemoteError, in_parallel, is_remote
+from opdjax.runs.object_store import Folder, in_parallel, is_remote
 from opdjax.runs.results import FAILURE, POINT, RESULT, status_of
 from opdjax.runs.workdir import WorkdirError, lock_file, read_lines
 
 ATTEMPTS, LOG = "attempts.jsonl", "log.txt"
 _SHARED = (POINT, FAILURE, RESULT, ATTEMPTS, LOG, "config.json")
 _STALLED_AFTER = 600.0  # seconds without a new row in a local run
-_LOG_INTERVAL = 30.0  # seconds between uploads of a log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,25 +38,18 @@ class Heartbeat:
     step: int
 
 
-class FileLock:
-    """A claim on a local disk, with the interface of a lease. The lock ends when this process and
-    its child, which inherits the file, have ended.
+class FileLock(Lease):
+    """A claim on a local disk. The lock ends when this process and its child, which inherits the
+    file, have ended: neither can lose it.
     """
 
-    is_lost = False
-    environment: dict[str, str] = {}  # noqa: RUF012 (never written to)
+    is_lost, environment = False, MappingProxyType({})
 
     def __init__(self, file: TextIO):
         self.descriptors, self.release = (file.fileno(),), file.close
 
-    def child_started(self, pid: int) -> None:
-        """Nothing to do."""
-
     def child_ended(self) -> None:
         """Nothing to do."""
-
-
-Claim = FileLock | Lease
 
 
 class SweepDirectory:
@@ -97,13 +90,7 @@ class SweepDirectory:
             names = {file: str(file.relative_to(self.path)) for file in files}
             in_parallel(lambda file: self._folder.upload_file(file, names[file]), files)
 
-    def upload_log(self, id: str) -> None:
-        """Upload the log of a running point now and then; call it regularly."""
-        if self._folder and self._is_due(f"log {id}", _LOG_INTERVAL):
-            with contextlib.suppress(RemoteError):  # the log is uploaded again at the end
-                self.upload(self.path / id / LOG)
-
-    def claim(self, id: str) -> Claim | None:
+    def claim(self, id: str) -> Lease | None:
         """The claim on a point; None if another runner holds it."""
         if self._folder is None:
             try:
@@ -124,7 +111,7 @@ class SweepDirectory:
         if self._folder is None:
             return self._local_heartbeat(self.path / id)
         holder = holder_of(self._folder.subfolder(id))
-        if holder is None or holder.is_gone:
+        if holder is None or holder.is_released:
             return None
         about, age = holder.about, max(time.time() - holder.about["time"], 0.0)
         return Heartbeat(about["host"], age, age > about["seconds"], about.get("step", 0))

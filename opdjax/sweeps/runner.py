@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterator, Sequence
 from opdjax.config.grid import SweepPoint
 from opdjax.config.saved import lost_settings, upgrade
 from opdjax.config.validation import differences, to_dict
-from opdjax.runs.lease import LOST
+from opdjax.runs.lease import LOST, Lease
 from opdjax.runs.object_store import Folder, RemoteError, is_remote
 from opdjax.runs.results import FAILURE, POINT, read_point, status_of
 from opdjax.runs.statistics import score_label
 from opdjax.runs.workdir import WorkdirError, append_lines, read_json, refuse_if, write_json
-from opdjax.sweeps.claims import ATTEMPTS, LOG, Claim, SweepDirectory, open_sweep
+from opdjax.sweeps.claims import ATTEMPTS, LOG, SweepDirectory, open_sweep
 from opdjax.sweeps.status import scores_after, status_line
 
 _POLL, _REPORT = 0.2, 20.0  # seconds
@@ -60,7 +60,7 @@ class _Job:
 
     point: SweepPoint
     process: subprocess.Popen
-    claim: Claim
+    claim: Lease
     slot: int
     started: float  # monotonic
 
@@ -145,9 +145,6 @@ def _run(runner: _Runner, mine: Sequence[SweepPoint]) -> None:
                 raise SweepInterruptedError(
                     f"{received[0]}: the running points were stopped; the same command resumes them"
                 )
-            for job in running:
-                if not job.claim.is_lost:
-                    sweep.upload_log(job.point.id)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 _finish(runner, job)
@@ -263,7 +260,7 @@ def _run_to_its_end(command: Sequence[str]) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, child.returncode, stderr=error)
 
 
-def _claim(runner: _Runner, point: SweepPoint) -> Claim | None:
+def _claim(runner: _Runner, point: SweepPoint) -> Lease | None:
     """The claim on a point; None if another runner holds it, or has finished it."""
     directory = runner.sweep.path / point.id
     if not directory.exists():  # deleted since
@@ -275,7 +272,7 @@ def _claim(runner: _Runner, point: SweepPoint) -> Claim | None:
     return claim
 
 
-def _start(runner: _Runner, point: SweepPoint, claim: Claim) -> _Job:
+def _start(runner: _Runner, point: SweepPoint, claim: Lease) -> _Job:
     sweep, jobs, directory = runner.sweep, runner.jobs, runner.sweep.path / point.id
     (directory / FAILURE).unlink(missing_ok=True)
     slot = min(set(range(jobs)) - {job.slot for job in runner.running})

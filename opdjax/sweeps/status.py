@@ -5,12 +5,11 @@ directory. No jax.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from opdjax.config.grid import SweepPoint
 from opdjax.runs.object_store import in_parallel
-from opdjax.runs.results import RESULT, mean, status_of
+from opdjax.runs.results import RESULT, is_number, mean, status_of
 from opdjax.runs.statistics import score_label
 from opdjax.runs.workdir import num_cores, read_json, read_lines, read_run_config
 from opdjax.sweeps.claims import ATTEMPTS, Heartbeat, SweepDirectory, open_sweep
@@ -24,18 +23,14 @@ def states_of(points: Sequence[SweepPoint], sweep: SweepDirectory) -> dict[str, 
 def status_line(
     points: Sequence[SweepPoint], sweep: SweepDirectory, running: Sequence[SweepPoint], jobs: int
 ) -> str:
-    """Such as `12/60 done, 1 failed, 2 running (a 40 %, b 5 %), about 21 min left`."""
+    """Such as `12/60 done, 1 failed, 2 running (a, b), about 21 min left`."""
     states = list(states_of(points, sweep).values())
     num_done, num_failed = states.count("done"), states.count("failed")
-    beats = zip(running, in_parallel(sweep.heartbeat, [p.id for p in running]))
-    shares = {p.id: (beat.step if beat else 0) / _planned(p, sweep) for p, beat in beats}
-    listed = ", ".join(f"{id} {share:.0%}" for id, share in shares.items())
     parts = [f"{num_done}/{len(points)} done"]
     parts += [f"{num_failed} failed"] if num_failed else []
-    parts += [f"{len(running)} running ({listed})"] if running else []
+    parts += [f"{len(running)} running ({', '.join(p.id for p in running)})"] if running else []
     if (seconds := seconds_per_point(points, sweep)) is not None:
-        # Below 0 where a point is done and its process has not ended yet.
-        left = max(0.0, len(points) - num_done - num_failed - sum(shares.values()))
+        left = len(points) - num_done - num_failed
         parts.append(f"about {_duration(left * seconds / jobs)} left")
     return ", ".join(parts)
 
@@ -52,7 +47,8 @@ def seconds_per_point(points: Sequence[SweepPoint], sweep: SweepDirectory) -> fl
     """Mean duration of finished points, summed over their attempts; None if none has finished."""
     done = [id for id, state in states_of(points, sweep).items() if state == "done"]
     rows = [read_lines(sweep.path / id / ATTEMPTS) for id in done]
-    spent = (sum(row.get("seconds", 0.0) for row in attempts) for attempts in rows)
+    seconds = lambda row: row["seconds"] if is_number(row.get("seconds")) else 0.0
+    spent = (sum(map(seconds, attempts)) for attempts in rows)
     return mean(filter(None, spent))
 
 
@@ -79,25 +75,14 @@ def describe(points: Sequence[SweepPoint], workdir: str | os.PathLike, jobs: int
     return "\n".join([*lines, time_left])
 
 
-def watch(
-    points: Sequence[SweepPoint],
-    workdir: str | os.PathLike,
-    seconds: float,
-    log: Callable[[str], None] = print,
-) -> None:
-    """Print `--status`, the state of every point; with `seconds` again until none is left."""
+def status_table(points: Sequence[SweepPoint], workdir: str | os.PathLike) -> str:
+    """Output of `--status`: a line per point, whichever machine it runs on, and a summary."""
     with open_sweep(workdir) as sweep:
-        while True:
-            sweep.refresh([p.id for p in points], is_urgent=True)
-            text, is_finished = status_table(points, sweep)
-            log(text)
-            if not seconds or is_finished:
-                return
-            time.sleep(seconds)
+        sweep.refresh([p.id for p in points])
+        return _status_table(points, sweep)
 
 
-def status_table(points: Sequence[SweepPoint], sweep: SweepDirectory) -> tuple[str, bool]:
-    """(a line per point and a summary, whether no point is left to run)."""
+def _status_table(points: Sequence[SweepPoint], sweep: SweepDirectory) -> str:
     states = states_of(points, sweep)
     open_ids = [id for id, state in states.items() if state != "done"]
     beats = dict(zip(open_ids, in_parallel(sweep.heartbeat, open_ids)))
@@ -114,8 +99,7 @@ def status_table(points: Sequence[SweepPoint], sweep: SweepDirectory) -> tuple[s
     order = ("done", "failed", "running", "stalled", "waiting")
     counts = {state: list(states.values()).count(state) for state in order}
     listed = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
-    lines.append(f"{listed} of {len(points)}")
-    return "\n".join(lines), counts["done"] + counts["failed"] == len(points)
+    return "\n".join([*lines, f"{listed} of {len(points)}"])
 
 
 def _line(

@@ -19,6 +19,7 @@ from opdjax.ops.tile import head_logits
 from opdjax.rollouts.setup import stop_ids
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("torch")
 def test_the_exported_student_answers_alike_in_transformers(tiny_run):
     import torch

@@ -181,6 +181,7 @@ def test_a_teacher_view_of_its_own_is_a_warning_and_nothing_else(healthy):
     assert "+'<|im_start|>'" in findings["chat_template"].details
 
 
+@pytest.mark.long
 def test_a_student_that_is_its_own_teacher_must_use_what_its_prompt_shows(healthy):
     """The mini student was never trained to read an answer in its prompt; other checks pass."""
     shown = {"teacher_prompt_format": "{answer}#{prompt}", "max_prompt_length": 64}
@@ -323,6 +324,7 @@ def test_fault_2_a_wrong_stop_token(plant, role, message, only):
     assert advice[role] in findings["stop_tokens"].message
 
 
+@pytest.mark.long
 def test_fault_2_a_base_student_without_end_of_turn(plant):
     """Answers run on past the end of the turn; the stop ids of the run's config correct it."""
     plant("student", "generation_config.json", lambda values: values | {"eos_token_id": 0})

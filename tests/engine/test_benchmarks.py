@@ -68,6 +68,7 @@ def test_scores_of_benchmarks_by_hand():
     assert math.isinf(by_benchmark(["a", "b"], {"avg@k": scores[:2]})["mean"]["avg@k_interval"])
 
 
+@pytest.mark.long
 def test_every_evaluation_holds_the_scores_of_each_benchmark(run):
     for row in read_lines(run / "eval.jsonl"):
         right = np.array(row["per_prompt"]) / 4
@@ -90,6 +91,7 @@ def test_every_evaluation_holds_the_scores_of_each_benchmark(run):
     )
 
 
+@pytest.mark.long
 def test_a_column_of_benchmarks_changes_no_other_number(run, file):
     setup = prepare(config_of(file, None))
     plain = setup.evaluator(initial_weights(setup))

@@ -101,6 +101,7 @@ def test_the_teacher_itself_is_at_distance_zero():
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_a_mesh_changes_nothing():
     student, teacher = make_models(np.float32)
     one, four = (make_evaluator(teacher, devices=devices)(student) for devices in (1, 4))

@@ -587,7 +587,7 @@ def test_a_stop_token_in_the_last_column_is_no_truncation(generate, mixed):
     np.testing.assert_array_equal(drawn.is_truncated[~stopped], drawn.mask[~stopped, -1])
 
 
-@pytest.mark.parametrize("slots", [None, 8])
+@pytest.mark.parametrize("slots", [pytest.param(None, marks=pytest.mark.long), 8])
 def test_a_stop_string_ends_its_row_and_changes_no_draw_before(generate, mixed, rollouts, slots):
     tokenizer = load_tokenizer(open_checkpoint(MINI_STUDENT).path)
     texts = ("=1", ";2", "3+", "-1", "5", "<think>")
@@ -978,6 +978,7 @@ def test_refilled_slots_sample_what_all_rows_at_once_sample(generate, mixed, ste
     assert at_once == expected.mask.sum(1).max()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("stop", "length"),
     [
@@ -1008,6 +1009,7 @@ def short_rings(monkeypatch):
     assert scheduling.ring_sizes(LENGTH) == [4, 8, LENGTH]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("slots", [pytest.param(None, marks=pytest.mark.long), 5])
 @pytest.mark.usefixtures("short_rings")
 def test_a_ring_that_grows_changes_nothing(generate, mixed, rollouts, slots):
@@ -1136,6 +1138,7 @@ def test_a_cache_of_fewer_bits_changes_the_behavior_a_little(
     assert kl < 1e-4
 
 
+@pytest.mark.long
 def test_int8_keeps_each_number_to_half_a_step(student, rng):
     tokens, mask = rng.integers(3, 70, (2, 8)), np.ones((2, 8), bool)
     layer_params = kv_cache.split_layers(student.params["layers"], student.config)

@@ -321,7 +321,13 @@ def test_a_view_may_have_other_columns_in_every_row(with_view, run, expected_in_
 
 
 @pytest.mark.parametrize(
-    "how", [{"needs": "token"}, {"needs": "top_k", "top_k": 5}, {"needs": "vocabulary"}], ids=str
+    "how",
+    [
+        pytest.param({"needs": "token"}, marks=pytest.mark.long),
+        {"needs": "top_k", "top_k": 5},
+        pytest.param({"needs": "vocabulary"}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_eight_devices_score_as_one(with_view, run, how):
     mesh = make_mesh(8)

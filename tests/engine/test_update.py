@@ -110,8 +110,9 @@ def test_the_gradient_does_not_depend_on_the_number_of_micro_batches(estimator, 
     chex.assert_trees_all_close(part_outputs, outputs, rtol=1e-10)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", few_of(COUPLED, "batch_mean"))
+@pytest.mark.parametrize("name", COUPLED)
 def test_what_couples_tokens_does_not_depend_on_the_number_of_micro_batches(name, rng):
     student, teacher = make_models(jnp.float64)
     estimator, batch = COUPLED[name], make_batch(rng)
@@ -214,6 +215,7 @@ def test_scoring_in_parts_changes_nothing(needs, rng):
     chex.assert_trees_all_close(one, four, atol=1e-5)
 
 
+@pytest.mark.long
 def test_pmap_over_eight_devices_gives_the_gradient_of_jit_over_the_mesh(rng):
     """pmap is a wrapper of shard_map; jit over a mesh is the core because it also shards what pmap
     would replicate.
@@ -441,6 +443,7 @@ def drawn(batch):
     return dataclasses.replace(batch, tokens=batch.tokens % 9, behavior_logprobs=behavior)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "estimator",
     [*(pytest.param(r, marks=pytest.mark.long) for r in (RECIPES[0], RECIPES[2])), IMPORTANCE],
@@ -501,6 +504,7 @@ def test_kl_is_exact_whenever_the_whole_teacher_is_read(rng):
     np.testing.assert_allclose(*metrics, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_diagnostics_are_computed_every_n_steps(rng):
     estimator = RECIPES[1]
     student, teacher = make_models(jnp.float32)

@@ -87,6 +87,7 @@ def test_splash_over_a_mesh_equals_one_device(rows, kv_heads, rng):
     )
 
 
+@pytest.mark.long
 def test_the_decoder_with_splash_is_the_decoder(rng, monkeypatch):
     """`dots` keeps the kernel's output, so that the backward pass does not run the kernel again."""
     monkeypatch.setattr(attention, "splash_attention", interpreted)

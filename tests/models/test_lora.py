@@ -126,6 +126,7 @@ def test_gradients_are_those_of_the_kernels_by_the_chain_rule(parts, rng):
     assert relative_difference({"layers": expected}, found) < 1e-10
 
 
+@pytest.mark.long
 def test_an_update_trains_the_adapters_alone(rng):
     base, teacher = make_models(jnp.bfloat16)
     estimator = EstimatorConfig(recipe="full_kl")

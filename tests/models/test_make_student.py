@@ -73,6 +73,7 @@ def test_noise_has_the_size_that_was_asked_for(tmp_path, teacher):
             assert np.std(layer - wanted) == pytest.approx(0.1 * wanted.std(), rel=0.1)
 
 
+@pytest.mark.long
 def test_the_command_makes_one(tmp_path, monkeypatch, capsys):
     words = ["@mini_teacher", tmp_path / "student", "--keep-layers", "0-1,2", "--bits", "4"]
 

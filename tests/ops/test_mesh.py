@@ -36,6 +36,7 @@ def split(pair, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.long
 def test_a_run_on_eight_devices_equals_the_run_on_one(split, alone):
     assert_close_run(split, alone)
 
@@ -64,6 +65,7 @@ def test_a_run_on_one_device_continues_on_eight(alone, pair, tmp_path):
     assert_close_run(continued(alone, pair, MESHES["2x2x2"], tmp_path / "run"), alone)
 
 
+@pytest.mark.long
 def test_export_of_a_sharded_checkpoint(split, tmp_path):
     out = export_step(split, "latest", tmp_path / "out", None)
     assert_equal_trees(load_params(open_checkpoint(out), "float32"), final_weights(split))

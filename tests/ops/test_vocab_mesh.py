@@ -61,13 +61,7 @@ RECIPES = {
 }
 ALONE = {"npd, stored", "sft"}  # without a teacher model
 # Together they use everything that a tile offers; the others run with the long tests.
-SOME = {
-    "opd, more draws",
-    "vopd, optimal",
-    "top k, wider than a slice",
-    "top k, tail",
-    "npd, stored",
-}
+SOME = {"opd, more draws", "top k, wider than a slice"}
 MESHES = {"2x2x2": (2, 2, 2), "1x2x4": (1, 2, 4), "2x4x1": (2, 4, 1)}
 
 

@@ -312,8 +312,9 @@ def test_the_tables_hold_the_numbers_as_they_are(page):
 
 
 def test_pitfalls_stand_with_what_is_known_and_what_was_measured(page):
-    assert page.source.count('<article class="pitfall">') == 5
-    for text in ("off by 37.5 %, turned by 60°", "wrong by −12.5 %", "Not measured here."):
+    names = [cells[0] for cells in page.rows if len(cells) == 3 and cells[0].endswith("pitfall")]
+    assert len(names) == 5 + 1  # and the head
+    for text in ("off by 37.5 %, turned by 60°", "wrong by −12.5 %", "not measured"):
         assert text in page.all
 
 
@@ -323,7 +324,7 @@ def test_what_the_document_says_is_text_and_never_markup(tmp_path):
     found["subjects"][NASTY] = described(None, about=NASTY)
     found["contexts"]["rows"][NASTY] = measured(0.5, 0.5, 1.0)
     found["tree"]["rows"][0]["title"] = NASTY
-    assert read(write(tmp_path / "a", found)).source.count("<script") == 1
+    assert read(write(tmp_path / "a", found)).source.count("<script") == 0
 
 
 def test_without_gradients_of_parameters_it_says_so(tmp_path):

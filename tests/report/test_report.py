@@ -21,10 +21,9 @@ from opdjax.config import (
     SamplingConfig,
 )
 from opdjax.config.validation import to_dict
-from opdjax.report import drawing, measures, render, text
+from opdjax.report import drawing, measures, text
 from opdjax.report.drawing import REST
-from opdjax.report.page import write_report
-from opdjax.report.render import facts_as_json
+from opdjax.report.page import facts_as_json, write_report
 from opdjax.report.sweep import sweep_facts
 from opdjax.report.table import table
 from opdjax.runs.results import read_points, read_result, read_run, result_table
@@ -253,14 +252,13 @@ def read(directory, **options):
     assert len(parser.ids) == len(set(parser.ids))
     for name, attributes in parser.tags:
         assert name not in ("link", "img", "iframe", "object", "base")
-        assert not (name == "script" and attributes)
         for key in ("src", "action", "style"):
             assert "//" not in (attributes.get(key) or "")
         if "href" in attributes:
             assert attributes["href"][0] == "#"
             assert attributes["href"][1:] in parser.ids
     assert not re.search(r"@import|url\((?!#)", source)
-    assert sum(name == "script" for name, _ in parser.tags) == 1
+    assert not any(name == "script" for name, _ in parser.tags)
     parser.all = " ".join(" ".join(parser.text).split())
     for nonsense in ("nan", "inf", "None", "Infinity"):
         assert not re.search(rf"(?<![\w-]){nonsense}(?![\w-])", parser.all), nonsense
@@ -336,9 +334,8 @@ def test_scores_are_shown_against_every_axis_that_was_recorded(finished):
 def test_settings_that_differ_from_the_defaults_are_marked(finished):
     assert row(finished, "optimizer.learning_rate") == ["optimizer.learning_rate", "3e-4", "1e-5"]
     assert [cells for cells in finished.rows if cells[0] == "optimizer.b2"] == [
-        ["optimizer.b2", "0.999", ""]
+        ["optimizer.b2", "0.999"]
     ]
-    assert ["optimizer.learning_rate", "3e-4", "changed"] in finished.rows
     assert ["evaluation", "d2"] in finished.rows
 
 
@@ -359,9 +356,9 @@ def test_each_token_carries_its_numbers(finished):
         for name, attributes in finished.tags
         if name == "span" and attributes.get("title")
     ]
-    assert [(token["class"], token["title"], token["tabindex"]) for token in tokens] == [
-        ("t for strong", "3: advantage 1.500", "0"),
-        ("t against", "!: advantage −0.250", "-1"),
+    assert [(token["class"], token["title"]) for token in tokens] == [
+        ("t for strong", "3: advantage 1.500"),
+        ("t against", "!: advantage −0.250"),
     ]
 
 
@@ -508,7 +505,7 @@ def test_diagnostics_told_every_few_steps_and_signal_to_noise_are_drawn(tmp_path
     parser = read(write_run(tmp_path / "run", metrics=rows, evaluations=False))
     assert "Entropy of the student" in parser.all
     assert "Overlap of the most likely" not in parser.all
-    assert "Signal to noise of the gradient" in parser.all
+    assert "Signal and noise of the gradient" in parser.all
     assert "exact at every position" in parser.all
     assert "nan" not in parser.source
     alike = [row | {"kl/k1": row["kl/student_teacher"]} for row in rows]
@@ -590,7 +587,7 @@ def test_what_people_and_models_wrote_is_text_and_never_markup(tmp_path):
     plain = {**sample(step=2), "prompt": NASTY, "completion": NASTY} | {"tokens": None}
     parser = read(write_run(tmp_path / "run", samples=[nasty, plain], **BARE))
     assert parser.all.count("<script>alert(1)</script>") >= 5
-    assert parser.source.count("<script") == 1
+    assert parser.source.count("<script") == 0
     assert not any("onclick" in attributes or name == "b" for name, attributes in parser.tags)
     titles = [attributes["title"] for _, attributes in parser.tags if attributes.get("title")]
     assert titles[0] == f"{NASTY}: advantage 1.500"
@@ -602,7 +599,7 @@ def test_config_values_and_paths_are_escaped_too(tmp_path):
     described["config"]["student"]["path"] = f"hub/{NASTY}"
     described["config"]["data"]["system_prompt"] = NASTY
     (directory / "config.json").write_text(json.dumps(described))
-    assert read(directory).source.count("<script") == 1
+    assert read(directory).source.count("<script") == 0
 
 
 def test_one_evaluation_prompt_has_an_infinite_interval(tmp_path):
@@ -681,9 +678,6 @@ def test_a_failure_gives_its_reason_and_the_tail_of_its_log(sweep):
 
 
 def test_settings_are_listed_once_or_as_a_difference(sweep):
-    head = next(cells for cells in sweep.rows if cells[:2] == ["point", "state"])
-    assert head[5:] == ["estimator.recipe", "optimizer.learning_rate", "seed"]
-    assert row(sweep, "estimatorvopd-learning_rate0.0001-seed2")[5:] == ["vopd", "1e-4", "2"]
     assert row(sweep, "optimizer.b2") == ["optimizer.b2", "0.999"]
     assert [cells[1:] for cells in sweep.rows if cells[0] == "seed" and len(cells) == 2] == []
     assert (
@@ -781,7 +775,7 @@ def test_facts_are_json_without_numbers_that_are_not_finite(tmp_path):
     found = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert found["metrics"]["kl/student_teacher"] == [0.4 / step for step in range(1, 7)]
     assert found["result"]["paired_difference"]["avg@k_interval"] == 0.0217
-    assert render.facts_as_json({"x": [math.nan, math.inf, 1.5]}).split() == (
+    assert facts_as_json({"x": [math.nan, math.inf, 1.5]}).split() == (
         ["{", '"x":', "[", "null,", "null,", "1.5", "]", "}"]
     )
 
@@ -821,12 +815,13 @@ def test_smoothing_ignores_what_is_not_finite():
 def test_a_long_line_is_simplified_and_keeps_every_spike():
     y = [0.0] * 10_000
     y[1234], y[7777] = 5.0, -3.0
-    drawn = drawing.lines("Long", [drawing.Line(range(10_000), y)], "nats", y_range=(-4, 6))
+    drawn = drawing.lines("Long", [drawing.Line(range(10_000), y)], "nats")
     path = max(re.findall(r' d="([^"]*)"', drawn), key=len)
     assert len(path.split("L")) < 1000
     heights = [float(point.split()[1]) for point in re.split("[ML]", path)[1:]]
     top, bottom = 32, 280 - 54  # of the axes
-    at = lambda value: bottom - (bottom - top) * (value + 4) / 10
+    low, high = -3 - 0.06 * 8, 5 + 0.06 * 8  # y is shown with a margin of 6 %
+    at = lambda value: bottom - (bottom - top) * (value - low) / (high - low)
     assert min(heights) == pytest.approx(at(5), abs=0.1)
     assert max(heights) == pytest.approx(at(-3), abs=0.1)
 
@@ -841,9 +836,11 @@ def test_kl_by_position_averages_over_the_steps_that_reached_it(tmp_path):
 
 
 def test_extra_temperatures_are_not_part_of_the_curve(tmp_path):
-    assert [
-        (r["step"], r["avg@k"]) for r in measures.evaluated(read_run(write_run(tmp_path / "run")))
-    ] == [(0, 0.409), (3, 0.5), (6, 0.57)]
+    assert [(r["step"], r["avg@k"]) for r in read_run(write_run(tmp_path / "run")).evaluated] == [
+        (0, 0.409),
+        (3, 0.5),
+        (6, 0.57),
+    ]
 
 
 def test_charts_use_variables_and_no_font_of_their_own():

@@ -33,8 +33,7 @@ from opdjax.config import (
 )
 from opdjax.config.validation import to_dict
 from opdjax.report.drawing import log_ticks
-from opdjax.report.papers.compare import compare
-from opdjax.report.papers.tables import paper_tables
+from opdjax.report.papers.compare import compare, paper_tables
 from opdjax.report.sweep import label, sweep_facts
 from opdjax.report.table import cells as cells_of
 from opdjax.report.table import claims
@@ -226,7 +225,7 @@ def test_arms_answers_to_a_held_out_prompt_stand_side_by_side(tmp_path):
     assert row(page, "1+1=2#2")[1:] == ["✓ right", "full_kl, vopd"]
     assert row(page, f"1+1=3#3 {NASTY}")[1:] == ["✗ wrong", "opd"]
     assert "Right answer 2" in page.all
-    assert page.source.count("<script") == 1
+    assert page.source.count("<script") == 0
 
 
 def test_a_run_shows_its_first_answers_beside_its_last(tmp_path):
@@ -238,7 +237,6 @@ def test_a_run_shows_its_first_answers_beside_its_last(tmp_path):
         answered(0.5, "1+1=2#2", True, 6),
     )
     page = read(directory)
-    assert "Of 1 prompt, 1 went from wrong to right, 0 from right to wrong." in page.all
     assert row(page, "1+1=3#3")[1:] == ["✗ wrong", "step 0"]
     assert row(page, "1+1=2#2")[1:] == ["✓ right", "step 6"]
     assert "1+1=1#1" not in page.all
@@ -363,7 +361,6 @@ def test_judged_arms_have_their_rewards_and_costs_side_by_side(tmp_path):
         "1024 ± 0",
         "3 ± 0",
     ]
-    assert "Groups masked for ties" in page.all
 
 
 @pytest.mark.usefixtures("words_alone")
@@ -434,7 +431,6 @@ def test_the_teachers_own_scores_are_no_arm(tmp_path):
         "teacher",
     ]
     assert row(page, "teacher", "1")[2] == "0.970 ± ∞"
-    assert "All 2 arms in numbers" in page.all
     assert row(page, "before training")[2] == "0.409"
 
 
@@ -481,7 +477,6 @@ def test_thirty_arms_have_a_page_of_reasonable_size(tmp_path):
         asked = settings("opd", 0, optimizer=OptimizerConfig(learning_rate=1e-5 * (number + 1)))
         write_arm(tmp_path, f"arm_{number}", 0, asked=asked, after=0.4 + 0.005 * number)
     page = read(tmp_path)
-    assert "All 30 arms in numbers" in page.all
     assert len(page.source) < 1_000_000
 
 

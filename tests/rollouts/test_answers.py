@@ -210,6 +210,7 @@ def test_given_answers_are_cut_after_their_first_stop_string(data):
         assert found.status == "ok", found
 
 
+@pytest.mark.long
 def test_a_teacher_of_another_vocabulary_writes_answers_that_end_as_the_students(tmp_path):
     """A chat teacher ends its turn with a token that a base student does not stop at: if it stayed,
     the student would learn to run on. A foreign vocabulary rules out its scores, not its text.

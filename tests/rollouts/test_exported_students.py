@@ -33,6 +33,7 @@ from opdjax.rollouts import one_model
 from opdjax.rollouts.export import export_student, pinned, recorded_use
 from opdjax.rollouts.one_model import describe, load
 from opdjax.rollouts.setup import facts, prepare, stop_ids
+from opdjax.runs.results import DIVERGENCES
 from opdjax.runs.workdir import append_lines, claim, read_lines
 from opdjax.train import train
 
@@ -92,6 +93,10 @@ def exported(of_base, tmp_path_factory):
     scores = {"step": 0, "temperature": 0.7, "k": 2, "num_prompts": 8}
     scores |= {"avg@k": 0.25, "avg@k_interval": 0.125, "pass@k": 0.5, "pass@k_interval": 0.25}
     append_lines(workdir / "eval.jsonl", [scores])
+    means = dict.fromkeys(DIVERGENCES, 0.5) | {f"{name}_interval": 0.25 for name in DIVERGENCES}
+    counts = {"step": 0, "temperature": 0.7, "num_prompts": 8, "n": 2}
+    both = {"student": means, "teacher": means | {"forward_kl": 0.75}}
+    append_lines(workdir / "divergence.jsonl", [counts | both, counts | both | {"step": 1}])
     params = load_params(setup.student, "float32")
     student = (params, setup.student, setup.config, workdir, workdir / "student", "float32", 0)
     return export_student(*student)
@@ -262,10 +267,13 @@ def test_a_model_card_describes_the_run(exported):
         "`vopd`",
         "`arithmetic:train[:64]`, format `no_thinking`",
         "| 0 | 0.2500 ± 0.1250 | 0.5000 ± 0.2500 |  |",
+        "| KL(S \\|\\| T) | 0.5000 ± 0.2500 | 0.5000 ± 0.2500 |\n"
+        "| KL(T \\|\\| S) | 0.5000 ± 0.2500 | 0.7500 ± 0.2500 |\n",
         "Each prompt was shown as `0+{prompt}`.",
         "jax " + jax.__version__,
     ):
         assert text in card, card
+    assert card.count("± 0.2500 |\n") == len(DIVERGENCES)
     assert "base_model" not in card  # a local directory is not a model of the hub
 
 

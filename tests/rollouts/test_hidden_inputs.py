@@ -64,6 +64,7 @@ def on_day(monkeypatch):
     time.tzset()
 
 
+@pytest.mark.long
 def test_a_run_keeps_the_day_on_which_it_began(clocked, on_day, tmp_path, monkeypatch):
     """Prompts are made, and the directory is claimed, before the first step: none is trained."""
     result = {"student": "student"}
@@ -115,6 +116,7 @@ def test_all_points_of_a_sweep_have_the_day_on_which_it_began(clocked, on_day, t
     assert setup.config.data.date == day
 
 
+@pytest.mark.long
 def test_references_of_one_file_are_of_one_day(clocked, on_day, tmp_path):
     file = tmp_path / "answers.jsonl"
     data = {"source": "arithmetic:train[:4]", "references": str(file)}

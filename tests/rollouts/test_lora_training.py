@@ -111,6 +111,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(straight, tmp_path):
     assert (straight[0] / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
+@pytest.mark.long
 def test_a_run_continues_the_adapter_of_its_student(straight, tmp_path):
     """It starts from the stored matrices, not from their merged product, and exports them again as
     an adapter of the same base.

@@ -95,6 +95,7 @@ def test_without_a_coefficient_there_is_none():
         assert scored(setup, batch, "none")[0].reference_logprobs is None
 
 
+@pytest.mark.long
 def test_the_penalty_starts_at_nothing_and_grows(straight):
     rows = read_lines(straight / "metrics.jsonl")
     assert abs(rows[0]["kl/reference"]) < 1e-9

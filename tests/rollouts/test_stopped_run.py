@@ -12,6 +12,7 @@ from opdjax.rollouts.one_model import load, sample, scores_of
 from opdjax.runs.workdir import read_lines
 from opdjax.train import train
 
+pytestmark = pytest.mark.long
 STOPPED = vary(
     sampling={"stop_strings": ("=1", ";")},
     train={"num_steps": 1},
@@ -62,7 +63,6 @@ def test_the_export_says_where_it_stops(run):
     assert any(is_at_end(each["completion"]) for each in answers)
 
 
-@pytest.mark.long
 def test_the_evaluation_of_the_export_is_that_of_the_run(run):
     last = read_lines(run / "eval.jsonl")[-1]
     config = Config(

@@ -139,6 +139,7 @@ def test_an_interrupted_batch_is_all_that_is_lost(straight, tmp_path, monkeypatc
     assert read_index(path).answers == read_index(straight[0]).answers
 
 
+@pytest.mark.long
 def test_answers_depend_on_the_prompt_alone(straight, tmp_path):
     """Not on the order of the rows, those beside them, the size of a batch, the devices, or how
     many were asked for at first.
@@ -285,6 +286,7 @@ def test_a_teacher_of_another_vocabulary_writes_text(tmp_path):
 # Runs
 
 
+@pytest.mark.long
 def test_a_run_learns_from_the_index(straight, tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(straight[0].read_bytes())

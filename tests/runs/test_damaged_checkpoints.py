@@ -2,14 +2,17 @@
 
 import collections
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from waiting import HANG
 
 from opdjax.engine.update import TrainState
+from opdjax.runs import checkpoint
 from opdjax.runs.checkpoint import (
     Checkpointer,
     CheckpointShapeError,
@@ -127,6 +130,32 @@ def test_damage_of_an_array_is_named_with_what_to_do(saved, tmp_path):
     assert checkpointer.steps == [7]
     checkpointer.restore(7, saved[1])
     checkpointer.close()
+
+
+def test_a_save_does_not_wait_for_its_digests_and_is_complete_with_them(tmp_path, monkeypatch):
+    known, numbers = threading.Event(), checkpoint._numbers
+    monkeypatch.setattr(
+        checkpoint, "_numbers", lambda started: known.wait(HANG) and numbers(started)
+    )
+    checkpointer, state = Checkpointer(tmp_path, keep=1), make_state()
+    checkpointer.save(7, state)
+    assert not (tmp_path / "7").exists()
+    known.set()
+    checkpointer.wait()
+    assert '"params.embed"' in (tmp_path / "7/_CHECKPOINT_METADATA").read_text()
+    checkpointer.restore(7, state)
+    checkpointer.close()
+
+
+def test_digests_of_earlier_checkpoints_hold():
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    state = {"f32": x, "bf16": x.astype(jnp.bfloat16), "bool": x > 7, "step": jnp.int32(7)}
+    assert digests(state) == {
+        "bf16": 2439290240,
+        "bool": 550240448,
+        "f32": 2690138461,
+        "step": 415870660,
+    }
 
 
 def test_digests_do_not_depend_on_the_mesh():

@@ -1,7 +1,6 @@
 """Leases on a fake Google Cloud Storage: exactly one holder, however they race, die or sleep."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -157,28 +156,22 @@ def test_a_released_lease_is_free_at_once_and_numbers_only_grow(folder):
         assert holder_of(folder).is_released
 
 
-def test_a_dead_process_of_this_machine_need_not_be_waited_for(gcs):
-    folder = Folder("gs://bucket/run")
-    with holder(folder.url) as process:
-        assert try_acquire(folder, ExpiryWatch()) is None
-        process.kill()
-        process.wait()
-    assert try_acquire(folder, ExpiryWatch()).number == 2
-
-
 @pytest.mark.usefixtures("gcs", "seconds")
-def test_a_process_of_another_machine_is_waited_for(clock):
+def test_a_killed_process_is_waited_for(clock, capsys):
     folder = Folder("gs://bucket/run")
     acquire(folder)
-    about = json.loads(folder.read(".lease/000001"))
-    folder.write(
-        ".lease/000001",
-        json.dumps(about | {"machine": "another", "processes": [[1, 1]], "host": "far"}).encode(),
-    )
     began = clock.now
     second = acquire(folder)
     assert second.number == 2
     assert clock.now - began > second.seconds
+    assert "was last written by a run on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"owner": "a", "host": "b", "seconds": "60"}'])
+def test_a_damaged_lease_is_named(folder, content):
+    folder.write(".lease/000001", content)
+    with pytest.raises(WorkdirError, match="gs://bucket/run/.lease/000001 is damaged: "):
+        acquire(folder)
 
 
 def test_a_holder_that_sleeps_is_stopped_when_it_wakes(gcs, seconds):

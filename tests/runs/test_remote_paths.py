@@ -140,18 +140,10 @@ def swept(gcs, tmp_path):
 def test_a_table_and_a_report(swept, gcs, monkeypatch, capsys):
     code, out = call(monkeypatch, capsys, "table", swept.url)
     assert (code, "0.500" in out) == (0, True), out
-    code, out = call(
-        monkeypatch,
-        capsys,
-        "table",
-        swept.url,
-        "--format",
-        "csv",
-        "--output",
-        "gs://bucket/tables/a.csv",
-    )
-    assert (code, "wrote gs://bucket/tables/a.csv" in out) == (0, True), out
-    assert Folder("gs://bucket/tables").read("a.csv").startswith(b"avg@k")
+    output = ("--format", "json", "--output", "gs://bucket/tables/a.json")
+    code, out = call(monkeypatch, capsys, "table", swept.url, *output)
+    assert (code, "wrote gs://bucket/tables/a.json" in out) == (0, True), out
+    assert "avg@k" in Folder("gs://bucket/tables").read("a.json").decode()
     pytest.importorskip("matplotlib")
     code, out = call(monkeypatch, capsys, "report", swept.url)
     assert (code, "wrote gs://bucket/sweep/report.html" in out) == (0, True), out

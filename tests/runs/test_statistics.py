@@ -17,6 +17,7 @@ from opdjax.runs.statistics import (
     mean_and_interval,
     paired_by_seed,
     paired_difference,
+    paired_ratios,
     pass_at_k,
     ratio_of_logarithm,
     ratio_with_interval,
@@ -185,3 +186,12 @@ def test_the_interval_of_a_share_is_that_of_clusters():
     assert mean == 0.75
     assert half == pytest.approx(4.302653 * values.std(ddof=1) / math.sqrt(3), rel=1e-6)
     assert clustered_ratio([2], [4]) == (0.5, math.inf)
+
+
+def test_a_difference_of_ratios_is_paired_by_cluster():
+    # Clusters of one size: the differences 0.25, 0.75 and 0.5 of their means.
+    ours, plain = [(3, 4), (5, 4), (4, 4)], [(2, 4), (2, 4), (2, 4)]
+    values = np.array([0.25, 0.75, 0.5])
+    expected = (0.5, 4.302653 * values.std(ddof=1) / math.sqrt(3))
+    assert paired_ratios(ours, plain) == pytest.approx(expected, rel=1e-6)
+    assert paired_ratios(ours, ours) == (0, 0)

@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,8 @@ from opdjax.config import (
 )
 from opdjax.config.saved import upgrade
 from opdjax.config.validation import ConfigError, from_dict, to_dict
+from opdjax.engine.evaluate import evaluate
+from opdjax.runs.results import evaluations_since_best
 from opdjax.runs.workdir import (
     SPENDING,
     RowCounter,
@@ -27,6 +30,7 @@ from opdjax.runs.workdir import (
     claim,
     cut_lines,
     environment,
+    first_day,
     locked,
     read_config,
     read_lines,
@@ -130,18 +134,20 @@ def test_another_config_is_refused_with_what_differs(tmp_path):
 
 def test_another_evaluation_is_recorded_unless_its_grader_gives_rewards(tmp_path, capsys):
     claim(tmp_path, Config(), FACTS)
-    append_lines(tmp_path / "eval.jsonl", [{"step": 0}])
+    append_lines(tmp_path / "eval.jsonl", [{"step": 0, "temperature": 1.0}])
     for number, every in enumerate((5, 0), 1):
         claim(tmp_path, Config(evaluation=EvaluationConfig(every=every)), FACTS)
         assert read_config(tmp_path).evaluation.every == every
         changes = json.loads((tmp_path / "config.json").read_text())["evaluation_changes"]
         assert changes[number - 1] == [f"evaluation.every: {5 - every} -> {every}"]
-    assert read_lines(tmp_path / "eval.jsonl") == [{"step": 0}]  # the same scores
+    assert read_lines(tmp_path / "eval.jsonl") == [
+        {"step": 0, "temperature": 1.0}
+    ]  # the same scores
 
     facts = FACTS | {"data": FACTS["data"] | {"evaluation": "d2"}}
     claim(tmp_path, Config(evaluation=EvaluationConfig(grader="exact", num_prompts=3)), facts)
     assert read_lines(tmp_path / "eval.jsonl") == []
-    assert read_lines(tmp_path / "eval-3.jsonl") == [{"step": 0}]
+    assert read_lines(tmp_path / "eval-3.jsonl") == [{"step": 0, "temperature": 1.0}]
     assert json.loads((tmp_path / "config.json").read_text())["data"] == facts["data"]
     with pytest.raises(WorkdirError, match="data.evaluation: 'd2' -> 'd3'"):
         claim(
@@ -416,5 +422,60 @@ def test_spending_that_only_grew_on_paper_is_said(counted, capsys):
 def test_a_row_without_a_step_is_named(counted):
     workdir, before = counted
     (workdir / "metrics.jsonl").write_text('{"loss": 1}\n')
-    with pytest.raises(WorkdirError, match="metrics.jsonl has a row without its step"):
+    told = "metrics.jsonl, line 1 is damaged: `step` is missing; expected a whole number"
+    with pytest.raises(WorkdirError, match=told):
         check_logs(workdir, 4, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "told"),
+    [
+        (SPENDING, '{"step": 1, "role": "verifier"}', "`dollars` is missing; expected a finite"),
+        (SPENDING, '{"step": 1, "dollars": "2"}', '`dollars` is "2"; expected a finite number'),
+        (SPENDING, '{"step": 1, "dollars": NaN}', "`dollars` is NaN; expected a finite number"),
+        (SPENDING, '{"step": true, "dollars": 2}', "`step` is true; expected a whole number"),
+        ("frozen_rubrics.jsonl", '{"prompt_id": 1}', "`rubric` is missing; expected a list there"),
+        ("eval.jsonl", '{"step": 0}', "`temperature` is missing"),
+        (
+            "divergence.jsonl",
+            '{"step": 0, "student": []}',
+            r"`student` is \[\]; expected an object",
+        ),
+        ("metrics.jsonl", '{"step": ' + "1" * 6000 + "}", 'b.{"step": 1+.*; expected a JSON'),
+        ("metrics.jsonl", "[" * 200_000, ".* expected a JSON object"),
+    ],
+)
+def test_a_row_that_is_no_row_of_its_log_is_named(tmp_path, name, line, told):
+    good = '{"step": 0, "dollars": 0.5, "prompt_id": 0, "rubric": null, "temperature": 1}'
+    good = good[:-1] + ', "student": {}, "teacher": {}}'
+    (tmp_path / name).write_text(f"{good}\n{line}\n")
+    with pytest.raises(WorkdirError, match=f"{name}, line 2 is damaged: {told}") as found:
+        read_lines(tmp_path / name)
+    assert str(found.value).endswith("Repair it or start in a new work directory")
+    assert "\n" not in str(found.value)
+
+
+def test_a_date_that_is_none_is_named(tmp_path):
+    (tmp_path / "point.json").write_text('{"date": "someday"}')
+    with pytest.raises(
+        WorkdirError, match="point.json has the date 'someday'; expected YYYY-MM-DD"
+    ):
+        first_day(tmp_path)
+
+
+def test_an_evaluation_without_its_scores_is_named(tmp_path):
+    config = Config(evaluation=EvaluationConfig(source="x"))
+    (tmp_path / "eval.jsonl").write_text('{"step": 0, "temperature": 1.0, "avg@k": 0.5}\n')
+    assert evaluations_since_best(tmp_path, config, 0) == 0
+    evaluator = SimpleNamespace(config=SimpleNamespace(temperature=1.0, temperatures=()))
+    with pytest.raises(WorkdirError, match="eval.jsonl, step 0, is damaged: `k` is missing"):
+        evaluate(evaluator, tmp_path, 0, None)
+
+
+def test_a_divergence_without_its_measures_is_named(tmp_path):
+    config = Config(evaluation=EvaluationConfig(source="x", kind="divergence"))
+    row = '{"step": 0, "student": {"reverse_kl": NaN}, "teacher": {}}\n'
+    (tmp_path / "divergence.jsonl").write_text(row + row.replace("NaN", '"0.5"'))
+    told = '`reverse_kl` is "0.5"; expected a number'
+    with pytest.raises(WorkdirError, match=f"student of step 0, is damaged: {told}"):
+        evaluations_since_best(tmp_path, config, 0)

@@ -42,6 +42,7 @@ def test_sources_of_any_kind_become_one_file(tmp_path):
     assert (found[3].prompt, found[3].answer) == ("1+1=", "2")
 
 
+@pytest.mark.long
 def test_nothing_is_written_if_a_source_cannot_be_read(tmp_path, monkeypatch):
     output = tmp_path / "all.jsonl"
     rows = tmp_path / "rows.jsonl"

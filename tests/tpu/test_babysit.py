@@ -172,6 +172,7 @@ def test_a_crash_counts_once_though_the_next_start_fails(tmp_path):
     assert cloud.steps == 30
 
 
+@pytest.mark.long
 # A bug, and a mistake of the user.
 @pytest.mark.parametrize("status", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_it_gives_up_on_a_run_that_is_wrong(tmp_path, status):
@@ -182,6 +183,7 @@ def test_it_gives_up_on_a_run_that_is_wrong(tmp_path, status):
     assert f"failed twice with an error of its own (exit status {status})" in told.stdout
 
 
+@pytest.mark.long
 def test_it_gives_up_on_slices_that_do_not_last(tmp_path):
     short = Cloud(tmp_path, taken_away_at=[4] * 9)
     told = short.babysit(MAX_SLICES="2")
@@ -198,6 +200,7 @@ def test_it_gives_up_where_gcloud_always_fails(tmp_path):
     assert "UNAVAILABLE" in told.stderr
 
 
+@pytest.mark.long
 def test_started_anew_it_leaves_running_what_runs(tmp_path):
     cloud = Cloud(tmp_path)
     for script, *arguments in (

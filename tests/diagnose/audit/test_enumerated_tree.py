@@ -1,5 +1,7 @@
 """The audit's tree: exact estimators have no bias, the others have one."""
 
+import pytest
+
 from opdjax.diagnose.audit.tree import PREFIXES, SEQUENCES, audit_tree
 
 
@@ -8,6 +10,7 @@ def test_the_tree_holds_every_sequence():
     assert len(SEQUENCES) == 15
 
 
+@pytest.mark.long
 def test_which_cases_are_unbiased():
     rows = {row["title"]: row for row in audit_tree()["rows"]}
     for title in (

@@ -194,15 +194,14 @@ def test_the_states_of_other_optimizers(run_of):
     assert muon["Muon's products of a matrix, all layers"] == 4 * (2 * 128 + 3 * 2 * 64)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("estimator", "optimizer"),
     [
         (EstimatorConfig("vopd"), "adamw"),
-        pytest.param(EstimatorConfig("npd"), "adamw", marks=pytest.mark.long),
-        pytest.param(
-            EstimatorConfig("grpo", reference_kl_coef=0.1), "adamw", marks=pytest.mark.long
-        ),
-        pytest.param(EstimatorConfig("opd"), "muon", marks=pytest.mark.long),
+        (EstimatorConfig("npd"), "adamw"),
+        (EstimatorConfig("grpo", reference_kl_coef=0.1), "adamw"),
+        (EstimatorConfig("opd"), "muon"),
     ],
     ids=lambda x: getattr(x, "recipe", x),
 )

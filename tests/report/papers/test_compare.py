@@ -9,8 +9,7 @@ import math
 import pytest
 import study
 
-from opdjax.report.papers.compare import compare, reader
-from opdjax.report.papers.tables import PaperClaim, PaperColumn, PaperTable, Row
+from opdjax.report.papers.compare import PaperClaim, PaperColumn, PaperTable, Row, compare, reader
 from opdjax.runs.results import read_points
 from opdjax.runs.workdir import WorkdirError
 

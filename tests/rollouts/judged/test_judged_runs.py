@@ -156,6 +156,7 @@ def test_the_judge_in_the_run_s_own_process_says_what_it_says_over_http(straight
     assert counted[0] == counted[1]
 
 
+@pytest.mark.long
 def test_a_judge_that_goes_down_stops_the_run_which_goes_on_when_it_is_back(
     straight, judge_server, start_judge, tmp_path
 ):
@@ -326,7 +327,8 @@ def test_a_run_that_is_stopped_and_continued_ends_as_one_that_is_not(
     assert all(kept) == (rubrics.refresh == "evolving")
 
 
-@pytest.mark.parametrize("refresh", ["given", pytest.param("evolving", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("refresh", ["given", "evolving"])
 def test_a_teacher_that_is_told_the_verdicts_on_a_prompt_s_own_criteria(
     judge_server, tmp_path, refresh
 ):

@@ -123,6 +123,7 @@ def test_another_process_answers_the_prompts_of_an_epoch(tmp_path, monkeypatch):
     assert_same_steps(tmp_path / "one", run_of_two_processes(config, tmp_path, first="train"))
 
 
+@pytest.mark.long
 def test_an_epoch_is_drawn_by_the_weights_before_it(refreshed):
     shards = stored_samples(refreshed)
     assert list(shards) == [(0, 0), (0, 1), (3, 0), (3, 1)]

@@ -42,10 +42,8 @@ def lesson(setup, params, batch, dtype):
     return float(loss), np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [("float64", 1e-10), pytest.param("float32", 1e-5, marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
 def test_packed_rows_of_an_epoch_teach_what_the_rollouts_do(dtype, tolerance, drawn):
     setup, step = drawn
     rows, batch = step.rows, step.batch

@@ -85,6 +85,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(moment, request, tmp_pa
     assert shard_names(undisturbed) == shard_names(workdir)
 
 
+@pytest.mark.long
 def test_what_was_drawn_and_annotated_ahead_of_a_run_is_what_it_would_have_stored(
     drawn, refreshed, tmp_path
 ):
