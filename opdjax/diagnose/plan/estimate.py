@@ -27,7 +27,7 @@ from opdjax.types import TeacherScores
 
 # The update has two moments of most memory: the vocabulary pass and the layers' backward pass.
 _SAMPLER, _UPDATE = ("prefill", "sample"), ("loss", "backward")
-PHASES = (*_SAMPLER, "teacher", *_UPDATE, "evaluate", "divergence")
+PHASES = (*_SAMPLER, "teacher", *_UPDATE, "evaluate", "divergence", "save")
 PROGRAMS = {name: (name,) for name in (*_SAMPLER, "teacher")} | {"update": _UPDATE}
 # Arrays [tile, V] in float32 that exist at once in the loss, by what is read from the teacher.
 _TILES = {"none": 1, "token": 1, "top_k": 1, "vocabulary": 4}
@@ -71,6 +71,7 @@ class Plan:
         """The phases of this run."""
         evaluation = self.workload.config.evaluation
         runs = {"evaluate": evaluation.source is not None, "divergence": evaluation.measures}
+        runs["save"] = self.workload.topology.backend == "cpu"  # others copy to their hosts
         return tuple(phase for phase in PHASES if runs.get(phase, True))
 
     def items_in(self, phase: str) -> list[Item]:
@@ -163,13 +164,16 @@ def _permanent(workload: Workload) -> list[Item]:
     head_bytes = bytes_of(published[head]) if is_own and needs_head else 0
     frozen_readers = _UPDATE + ("teacher",) * workload.has_reference
     readers = _SAMPLER * (workload.writer == "student") + ("evaluate",) + ("teacher",) * is_own
+    optimizer = _optimizer_bytes(workload)
+    saved = trained * (1 + has_average) + optimizer
     items = [
         Item("student's trained parameters, float32", trained, PHASES, _UPDATE),
-        Item("optimizer's state", _optimizer_bytes(workload), PHASES, _UPDATE),
+        Item("optimizer's state", optimizer, PHASES, _UPDATE),
         Item("student's frozen parameters", bytes_of(workload.frozen), PHASES, frozen_readers),
         Item("published copy, its head", head_bytes, PHASES, readers + _UPDATE),
         Item("published copy of the student", bytes_of(published) - head_bytes, PHASES, readers),
         Item("moving average of the student", trained * has_average, PHASES, _UPDATE),
+        Item("checkpoint, a copy and its encoded form", 2 * saved, ("save",)),
     ]
     if workload.teacher is not None or has_average:
         role = "reference" if workload.has_reference else "teacher"
