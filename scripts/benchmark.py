@@ -23,6 +23,7 @@ SUBCOMMANDS = {  # name: (module of `benchmarks`, one line)
     "sampler": ("sampling", "generated tokens a second"),
     "step": ("steps", "seconds of a step by phase, for each setting of an experiment or a sweep"),
     "save": ("saving", "the digests of a checkpoint against its save"),
+    "load": ("loading", "loading a checkpoint against a plain read of its files"),
     "judge": ("judging", "requests a second of the judge's client"),
     "peers": ("peers.compare", "losses, generation and steps of TRL, Tunix and EasyDeL"),
 }

@@ -1,5 +1,6 @@
 """Commands for one run: its preparation, its training, its stored rollouts."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -61,7 +62,7 @@ _PLANNED = {
     NearPolicyConfig: ("schedule", "generator", "filter"),
     OptimizerConfig: ("name", "teacher_ema_decay"),
     TrainConfig: _all_but(TrainConfig, "start_from start_with num_epochs early_stopping_patience"),
-    EvaluationConfig: ("source", "num_samples", "max_completion_length"),
+    EvaluationConfig: ("source", "kind", "num_prompts", "num_samples", "max_completion_length"),
 }
 _EXAMINED = {
     Config: _all_but(Config, "teach optimizer checkpoint log mesh"),
@@ -92,8 +93,35 @@ def train(
     print(f"loading {config.student.path}{teacher}", flush=True)
     from opdjax.train import train as run_training
 
+    with contextlib.suppress(ValueError):  # training names what is wrong
+        _print_needs(config)
     result = run_training(config, workdir)
     print(f"the trained student is in {as_given(workdir)}/{result['student']}")
+
+
+_WHY = {
+    "auto": "forward passes in float32 (train.dtype auto): a CPU is slower in bfloat16",
+    "bfloat16": "forward passes in bfloat16 (train.dtype): a CPU is faster in float32",
+    "float32": "forward passes in float32",
+}
+
+
+def _print_needs(config: Config) -> None:
+    """Say which dtype is used and whether the run fits into memory, if it trains on a CPU."""
+    import jax
+
+    from opdjax.config.topology import topology as of_name
+    from opdjax.diagnose.plan.estimate import estimate
+    from opdjax.diagnose.plan.table import verdict
+    from opdjax.diagnose.plan.workload import read_workload
+
+    if config.mesh.processes == 1 and jax.default_backend() == "cpu":
+        machine, devices = of_name("cpu"), jax.device_count()
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        chip = replace(machine.chip, hbm_bytes=memory // devices)
+        machine = replace(machine, chip=chip, chips=devices, chips_per_host=devices)
+        memory = verdict(estimate(read_workload(config, machine)))
+        print(f"{_WHY[config.train.dtype]}\nmemory of the run: {memory}", flush=True)
 
 
 @command("EXPERIMENT --topology v5e-8 [--aot]", _PLANNED)

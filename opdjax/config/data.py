@@ -31,10 +31,11 @@ class DataConfig(Section):
     """The prompts and how each model sees them."""
 
     # arithmetic:SPLIT for the built-in task, instructions:SPLIT for built-in instructions without
-    # answers, a .jsonl, .json, .csv or .parquet file, parquet:PATH (directory or pattern),
-    # hf:NAME[@CONFIG]#SPLIT, or tfds:NAME[/CONFIG][:VERSION]#SPLIT. NAME may be a directory (./DIR,
-    # /DIR, gs://BUCKET/DIR). SPLIT may be a slice such as train[:10%]; of what is built in a slice
-    # of rows such as train[:640].
+    # answers, tasks:NAME#SPLIT for a task of reasoning-gym, a .jsonl, .json, .csv or .parquet file,
+    # parquet:PATH (directory or pattern), hf:NAME[@CONFIG]#SPLIT, or
+    # tfds:NAME[/CONFIG][:VERSION]#SPLIT. NAME may be a directory (./DIR, /DIR, gs://BUCKET/DIR).
+    # SPLIT may be a slice such as train[:10%]; of what is built in a slice of rows such as
+    # train[:640].
     source: str = "arithmetic:train"
     # Template of prompts that are strings; must contain {prompt}.
     prompt_format: str = "{prompt}"

@@ -187,8 +187,8 @@ class Config(Section):
     @property
     def grader(self) -> str:
         """The grader of answers; `auto` is resolved by where the prompts come from."""
-        is_built_in = (self.evaluation.source or self.data.source).startswith("arithmetic:")
-        chosen = "gsm8k" if is_built_in else "last_number"
+        kind = (self.evaluation.source or self.data.source).partition(":")[0]
+        chosen = {"arithmetic": "gsm8k", "tasks": "tasks"}.get(kind, "last_number")
         return chosen if self.evaluation.grader == "auto" else self.evaluation.grader
 
     @property

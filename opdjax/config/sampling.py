@@ -7,7 +7,7 @@ from opdjax.config.data import columns_of
 from opdjax.config.validation import Section
 
 # Names of `evaluation.grader`, besides auto, regex:PATTERN and FILE.py:FUNCTION.
-GRADERS = ("gsm8k", "last_number", "boxed", "choice", "exact")
+GRADERS = ("gsm8k", "last_number", "boxed", "choice", "exact", "tasks")
 
 
 def is_own_function(grader: str) -> bool:
@@ -70,9 +70,10 @@ class EvaluationConfig(Section):
     source: str | None = "arithmetic:test"
     # What is read of a completion and compared with the answer: gsm8k (the number after ####),
     # last_number, boxed (the last \boxed{...}, as mathematics), choice (a letter from A to J),
-    # exact (the whole text), regex:PATTERN (its last match, or the first group of it),
-    # FILE.py:FUNCTION (your own, called with the completion and the answer), or auto: gsm8k for
-    # the built-in task, else last_number.
+    # exact (the whole text), tasks (the last <answer>...</answer>, or the whole text, by the task's
+    # own scorer), regex:PATTERN (its last match, or the first group of it), FILE.py:FUNCTION (your
+    # own, called with the completion and the answer), or auto: gsm8k for the built-in task, tasks
+    # for tasks:NAME#SPLIT, else last_number.
     grader: str = "auto"
     # Use the first N prompts, of each benchmark if there are several.
     num_prompts: Annotated[int, "at least 1"] = 512

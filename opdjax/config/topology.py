@@ -68,7 +68,7 @@ class Topology:
         """JAX's name of the kind of device."""
         if self.shape is not None:
             return "tpu"
-        return "cpu" if self.chip is CHIPS["cpu"] else "gpu"
+        return "cpu" if self.name == "cpu" else "gpu"
 
     @property
     def jax_name(self) -> str | None:

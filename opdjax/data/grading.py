@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,11 +21,13 @@ from opdjax.config.validation import MissingExtraError
 from opdjax.data import isolated
 from opdjax.data.rational import numbers_in, rational
 from opdjax.data.sources import DataError
+from opdjax.data.tasks import reasoning
 
 Grade = Callable[[str, str], bool]  # of a completion and the answer in the data
 _MAX_CHARS = 100_000  # the end of a longer completion is read; no answer starts before it
 _HASH = re.compile(r"#+[ \t]*([^\n#]*)")
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?:{|(?P<bare>[0-9A-Za-z.]+))|[{}]")
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _LETTER = r"(?:\(?([A-J])\)?|\(([a-j])\))(?![A-Za-z0-9'])"
 _STATED = re.compile(
     r"(?i:\banswer\b)[\"'*:= ]*(?:(?i:\b(?:is|would be|must be|option|choice)\b)[\"'*_:\[ ]*)*"
@@ -132,6 +135,27 @@ def _letter_alone(text: str) -> str | None:
     return match[1].upper() if match else None
 
 
+def _tagged(text: str) -> str:
+    """What stands in the last `<answer>…</answer>`; without one, the whole text."""
+    text = text.rsplit("</think>", 1)[-1]
+    return (_TAGGED.findall(text) or [text])[-1].strip()
+
+
+@functools.cache
+def _task_answer(answer: str) -> tuple[str, int, str] | None:
+    """(task, number of the question, answer) of a row of `tasks:NAME#SPLIT`, which has to score."""
+    try:
+        row = json.loads(answer)
+        found = str(row["task"]), int(row["number"]), str(row["answer"])
+    except (ValueError, LookupError, TypeError):
+        return None
+    return found if _solves_task(found[2], found) else None
+
+
+def _solves_task(answer: str, row: tuple[str, int, str]) -> bool:
+    return bool(isolated.call("is_right", *row[:2], answer, module=reasoning.__name__))
+
+
 def _text(text: str) -> str | None:
     return text.strip() or None
 
@@ -146,6 +170,7 @@ _GRADERS: dict[str, _Grader] = {
     ),
     "choice": _Grader(_letter, _letter),
     "exact": _Grader(_text, _text),
+    "tasks": _Grader(_tagged, _task_answer, _solves_task),
 }
 
 
@@ -195,6 +220,8 @@ def require_grader(name: str) -> None:
     """Raise MissingExtraError if the grader's package is missing."""
     if name == "boxed" and importlib.util.find_spec("math_verify") is None:
         raise MissingExtraError("the grader 'boxed' needs math-verify: pip install 'opdjax[eval]'")
+    if name == "tasks":
+        reasoning.require_package()
 
 
 def require_readable(name: str, answers: Sequence[str], source: str) -> None:

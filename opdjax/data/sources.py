@@ -2,6 +2,7 @@
 
     arithmetic:SPLIT                    the built-in task
     instructions:SPLIT                  built-in instructions without answers
+    tasks:NAME#SPLIT                    a task of the package reasoning-gym
     FILE.jsonl, FILE.json               JSON lines, or one list of objects
     FILE.csv, FILE.parquet              a table; the first line of a CSV file has its columns
     parquet:PATH                        a file, a directory (its .parquet files, by name) or a glob
@@ -24,17 +25,18 @@ import csv
 import dataclasses
 import difflib
 import glob
+import itertools
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from opdjax.config.validation import MissingExtraError
-from opdjax.data.tasks import arithmetic, instructions
+from opdjax.data.tasks import arithmetic, instructions, reasoning
 from opdjax.runs.bounds import (
     CONFIG_BYTES,
     EXPANDED_BYTES,
@@ -51,8 +53,8 @@ from opdjax.runs.object_store import is_remote, local_copy
 Rows = Iterator[tuple[str, dict[str, Any]]]  # (place for error messages, row)
 Reader = Callable[..., Rows]
 _EXPECTED = (
-    "arithmetic:SPLIT, instructions:SPLIT, a .jsonl, .json, .csv or .parquet file, parquet:PATH, "
-    "hf:NAME[@CONFIG]#SPLIT or tfds:NAME[/CONFIG][:VERSION]#SPLIT"
+    "arithmetic:SPLIT, instructions:SPLIT, tasks:NAME#SPLIT, a .jsonl, .json, .csv or .parquet "
+    "file, parquet:PATH, hf:NAME[@CONFIG]#SPLIT or tfds:NAME[/CONFIG][:VERSION]#SPLIT"
 )
 SKIP_ADVICE = "repair the row, or leave out such rows with --data.skip-bad-rows"
 _CHUNK = 1024  # rows converted to Python values at a time
@@ -200,15 +202,15 @@ def _json_object(line: bytes, place: str) -> dict[str, Any]:
     return row
 
 
-def _built_in(name: str, make: Callable[[str], list[dict[str, Any]]]) -> Reader:
+def _built_in(name: str, make: Callable[[str], Iterable[dict[str, Any]]]) -> Reader:
     def read(text: str, columns: ColumnMap) -> Rows:
         split, start, end = re.fullmatch(r"(.*?)(?:\[(\d*):(\d*)\])?", text, re.DOTALL).groups()
         try:
-            rows = list(enumerate(make(split)))
+            rows = enumerate(make(split))
+            for number, row in itertools.islice(rows, int(start or 0), int(end) if end else None):
+                yield f"{name}:{split}, row {number}", row
         except ValueError as error:
             raise DataError(str(error)) from error
-        for number, row in rows[int(start or 0) : int(end or len(rows))]:
-            yield f"{name}:{split}, row {number}", row
 
     return read
 
@@ -443,6 +445,7 @@ def _extra(kind: str) -> Iterator[None]:
 _READERS = {
     "arithmetic": _built_in("arithmetic", _arithmetic),
     "instructions": _built_in("instructions", _instructions),
+    "tasks": _built_in("tasks", reasoning.rows),
     "parquet": _parquet,
     "hf": _huggingface,
     "tfds": _tensorflow_datasets,

@@ -38,8 +38,8 @@ from opdjax.types import PromptBatch, Rollouts, TrainBatch
 
 LOG = "divergence.jsonl"
 _SEED = 0  # runs draw with the same random numbers, so that they can be compared
-_ROWS = 64  # rows whose hidden states exist at a time
-_SLOTS = 128  # rows decoded at a time, unless sampling.slots says less
+ROWS_AT_A_TIME = 64  # rows whose hidden states exist at a time
+DIVERGENCE_SLOTS = 128  # rows decoded at a time, unless sampling.slots says less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class DivergenceEvaluator:
                 num_generations=self.num_samples,
                 stream=EVAL_STREAM,
                 mesh=self.mesh,
-                slots=-(-(self.slots or _SLOTS) // shards) * shards,
+                slots=-(-(self.slots or DIVERGENCE_SLOTS) // shards) * shards,
             )
         )
 
@@ -234,7 +234,7 @@ def _measures(student: VocabTile, teacher: VocabTile, row: TokenInputs) -> dict[
 def _parts(batch: TrainBatch, shards: int) -> list[TrainBatch]:
     """The rows in parts of equal size, the last one filled up with empty rows."""
     rows = len(batch.tokens)
-    size = min(-(-_ROWS // shards), -(-rows // shards)) * shards
+    size = min(-(-ROWS_AT_A_TIME // shards), -(-rows // shards)) * shards
     fill = lambda x: np.concatenate([x, np.zeros((-len(x) % size, *x.shape[1:]), x.dtype)])
     batch = jax.tree.map(fill, batch)
     return [

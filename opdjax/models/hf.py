@@ -17,39 +17,31 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, Sharding
-from safetensors import SafetensorError, safe_open
 
 from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT
 from opdjax.config.validation import nearest
 from opdjax.models.decoder import DecoderConfig, Params, abstract_params
 from opdjax.models.families import Family, family_of
 from opdjax.models.partitioning import WEIGHT_AXES, shardings_of
-from opdjax.runs.bounds import (
-    CONFIG_BYTES,
-    MODEL_SIZE,
-    WEIGHTS_HEADER_BYTES,
-    BoundedError,
-    parse_json,
-    read_bytes,
+from opdjax.models.stored_tensors import (
+    STORED_DTYPES,
+    CheckpointError,
+    StoredTensor,
+    aligned_array,
+    open_weights,
 )
+from opdjax.runs.bounds import CONFIG_BYTES, MODEL_SIZE, parse_json, read_bytes
 from opdjax.runs.object_store import is_remote, local_copy
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of PEFT
 _CONFIGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_STORED = ("F32", "BF16", "F16", "F64")  # dtypes of safetensors that can be cast to those
+DTYPES = {"float32": STORED_DTYPES["F32"], "bfloat16": STORED_DTYPES["BF16"]}
 _SAMPLE_BYTES = 2**20
 _MAX_STOP_STRINGS = 100
-
-
-class CheckpointError(BoundedError):
-    """The directory is not a readable checkpoint: a file, tensor or shape is missing or wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +188,8 @@ def load_params(
     `models/partitioning.py`. The checkpoint's adapter is merged in float32, or left out.
 
     Each process reads the slices of its own devices, one at a time, so that no host holds the whole
-    model. CheckpointError lists the tensors that are missing, unexpected or of another shape.
+    model. Tensors are read straight into the memory of the stacked parameter, which a CPU keeps.
+    CheckpointError lists the tensors that are missing, unexpected or of another shape.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"cannot load as {dtype!r}; expected one of {sorted(DTYPES)}")
@@ -207,25 +200,29 @@ def load_params(
     shardings = [] if mesh is None else [shardings_of(params, mesh, split_over)]
     pairs = adapter_matrices(checkpoint) if with_adapter else {}
 
-    def read_matrix(place, inside):
-        weight = tensors.read(names[place], inside)
+    def fill(out, place, index):
+        tensor = tensors[names[place]]
         if place not in pairs:
-            return weight
-        (a, b), (rows, columns) = pairs[place], inside
-        return weight.astype(np.float32) + checkpoint.adapter.scale * (b[rows] @ a[:, columns])
-
-    def read(name, is_stacked, index):
-        if not is_stacked:
-            return tensors.read(names[name, None], index)
-        layers, *inside = index
-        numbers = range(*layers.indices(checkpoint.config.num_layers))
-        return np.stack([read_matrix((name, number), tuple(inside)) for number in numbers])
+            return tensor.read_into(out, index)
+        (a, b), (rows, columns) = pairs[place], index
+        delta = checkpoint.adapter.scale * (b[rows] @ a[:, columns])
+        out[...] = tensor.mapped()[index].astype(np.float32) + delta
 
     def load(path, leaf, sharding=None):
-        values = lambda index: read(path[-1].key, len(path) == 2, index).astype(leaf.dtype)
+        name, is_stacked = path[-1].key, len(path) == 2
+
+        def read(index):
+            ranges = [range(*part.indices(size)) for part, size in zip(index, leaf.shape)]
+            out = aligned_array(tuple(map(len, ranges)), leaf.dtype)
+            if not is_stacked:
+                fill(out, (name, None), index)
+            for row, layer in enumerate(ranges[0] if is_stacked else ()):
+                fill(out[row], (name, layer), index[1:])
+            return out
+
         if sharding is None:
-            return jnp.asarray(values((slice(None),) * len(leaf.shape)))
-        return _place(leaf.shape, sharding, values)
+            return jax.device_put(read((slice(None),) * len(leaf.shape)))
+        return _place(leaf.shape, sharding, read)
 
     return jax.tree_util.tree_map_with_path(load, params, *shardings)
 
@@ -239,16 +236,17 @@ def adapter_matrices(
     if checkpoint.adapter is None:
         return {}
     file, rank = checkpoint.adapter.path / ADAPTER, checkpoint.adapter.rank
-    stored, shapes, found = _open(file), tensor_shapes(checkpoint), {}
-    unread = set(stored.keys())
+    stored, shapes, found = open_weights(file), tensor_shapes(checkpoint), {}
+    unread = set(stored)
     for tensor, place in tensor_places(checkpoint).items():
         module = f"base_model.model.{tensor.removesuffix('.weight')}"
         pair = tuple(f"{module}.lora_{letter}.weight" for letter in "AB")
         if not place[0].endswith("_kernel") or not unread.issuperset(pair):
             continue
-        a, b = (stored.get_tensor(name).astype(np.float32) for name in pair)
-        if (*b.shape, *a.shape) == (shapes[tensor][0], rank, rank, shapes[tensor][1]):
-            found[place] = a, b
+        a, b = (stored[name] for name in pair)
+        is_right = (*b.shape, *a.shape) == (shapes[tensor][0], rank, rank, shapes[tensor][1])
+        if is_right and {a.kind, b.kind} <= set(STORED_DTYPES):
+            found[place] = tuple(each.mapped().astype(np.float32) for each in (a, b))
             unread -= set(pair)
     if unread or not found:
         raise CheckpointError(
@@ -396,43 +394,20 @@ def _locate_tensors(path: pathlib.Path) -> dict[str, pathlib.Path]:
         raise CheckpointError(
             f"{path} has neither {SINGLE} nor {INDEX}; convert the weights to safetensors first"
         )
-    return dict.fromkeys(_open(path / SINGLE).keys(), path / SINGLE)
-
-
-def _open(path: pathlib.Path) -> Any:
-    try:
-        if not path.is_file():
-            raise SafetensorError("it is no regular file")
-        with path.open("rb") as file:  # the header says how large it is; the library takes 100 MB
-            size = int.from_bytes(file.read(8), "little")
-        if size > WEIGHTS_HEADER_BYTES:
-            raise SafetensorError(f"its header has {size} bytes; {WEIGHTS_HEADER_BYTES} are many")
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        size = f"it has {path.stat().st_size} bytes" if path.is_file() else "it is not a file"
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file: {error}; it may be truncated: download or "
-            f"copy it again ({size})"
-        ) from error
+    return dict.fromkeys(open_weights(path / SINGLE), path / SINGLE)
 
 
 class _Tensors:
     """The stored tensors of a directory. Each file is opened once."""
 
     def __init__(self, directory: pathlib.Path):
-        self.located, self._open = _locate_tensors(directory), functools.cache(_open)
+        self.located, self._open = _locate_tensors(directory), functools.cache(open_weights)
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """The tensor, or its slice at `index`; only the slice is read from the file."""
-        return self.lazy(name)[index or ...]
-
-    def lazy(self, name: str) -> Any:
-        """The tensor unread, with its shape and dtype."""
-        path = self.located[name]
-        try:
-            return self._open(path).get_slice(name)
-        except SafetensorError as error:  # an index that names the wrong file
-            raise CheckpointError(f"{path} does not hold the tensor {name}: {error}") from error
+    def __getitem__(self, name: str) -> StoredTensor:
+        held = self._open(path := self.located[name])
+        if name not in held:  # an index names the wrong file
+            raise CheckpointError(f"{path} does not hold the tensor {name}; correct {INDEX}")
+        return held[name]
 
 
 def tensor_places(checkpoint: Checkpoint) -> dict[str, tuple[str, int | None]]:
@@ -472,13 +447,12 @@ def _check_tensors(checkpoint: Checkpoint, tensors: _Tensors) -> None:
             problems.append(f"unexpected tensor {name}")
     problems = [problem + hints.get(problem.rpartition(" ")[2], "") for problem in problems]
     for name in sorted(set(expected) & set(located)):
-        found = tensors.lazy(name)
-        if (shape := tuple(found.get_shape())) != expected[name]:
+        if (shape := tensors[name].shape) != expected[name]:
             problems.append(f"{name} has shape {shape}; config.json implies {expected[name]}")
-        if (kind := found.get_dtype()) not in _STORED:
+        if (kind := tensors[name].kind) not in STORED_DTYPES:
             problems.append(
-                f"{name} is stored as {kind}; expected one of {', '.join(_STORED)}, weights that "
-                "are not quantized"
+                f"{name} is stored as {kind}; expected one of {', '.join(STORED_DTYPES)}, weights "
+                "that are not quantized"
             )
     if problems:
         wrong = f"{checkpoint.path} does not hold the model that its config.json describes:"
@@ -491,4 +465,6 @@ def _is_tied_copy(checkpoint: Checkpoint, tensors: _Tensors, name: str) -> bool:
     head, embedding = (checkpoint.family.global_names[key] for key in ("head", "embedding"))
     if not checkpoint.config.ties_embeddings or name != head or embedding not in tensors.located:
         return False
-    return np.array_equal(tensors.read(name), tensors.read(embedding))
+    ours, theirs = tensors[name], tensors[embedding]
+    is_alike = (ours.kind, ours.shape) == (theirs.kind, theirs.shape) and ours.kind in STORED_DTYPES
+    return is_alike and np.array_equal(ours.mapped(), theirs.mapped())

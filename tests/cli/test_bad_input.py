@@ -232,7 +232,7 @@ DATA = {
     "a table of another kind": (
         "DataError",
         lambda p: p.train("--data.source", "x.xlsx"),
-        "'x.xlsx' is not known; expected arithmetic:SPLIT, instructions:SPLIT, a .jsonl, .json, ",
+        "'x.xlsx' is not known; expected arithmetic:SPLIT, instructions:SPLIT, tasks:NAME#SPLIT, ",
     ),
     "an empty file": (
         "DataError",

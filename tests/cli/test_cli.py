@@ -24,6 +24,7 @@ from opdjax.config import (
     PACKAGE,
     Config,
     EstimatorConfig,
+    TrainConfig,
 )
 from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import ConfigError, MissingExtraError, to_dict
@@ -739,3 +740,20 @@ def test_programs_are_kept_for_the_next_command_where_the_user_wants_them(tmp_pa
         main.main()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(tmp_path / "compiled"))
     assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == "7"
+
+
+def test_training_on_a_cpu_says_its_dtype_and_its_memory(capsys, monkeypatch):
+    from opdjax.cli import runs
+
+    runs._print_needs(runs.MINI)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "forward passes in float32 (train.dtype auto): a CPU is slower in bfloat16"
+    assert re.fullmatch(
+        r"memory of the run: fits: \w+ holds most, \d\.\d\d of \d+\.\d\d GiB", second
+    )
+    sysconf = os.sysconf
+    monkeypatch.setattr(
+        os, "sysconf", lambda name: 100 if name == "SC_PHYS_PAGES" else sysconf(name)
+    )
+    runs._print_needs(dataclasses.replace(runs.MINI, train=TrainConfig(dtype="bfloat16")))
+    assert "does not fit: loss holds " in capsys.readouterr().out

@@ -215,7 +215,7 @@ def test_an_empty_file_is_refused(write, lines):
         (
             "gsm8k",
             r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, instructions:SPLIT, "
-            r"a \.jsonl, \.json, \.csv or \.parquet file, parquet:PATH, hf:",
+            r"tasks:NAME#SPLIT, a \.jsonl, \.json, \.csv or \.parquet file, parquet:PATH, hf:",
         ),
         (
             "huggingface:gsm8k",

@@ -71,7 +71,7 @@ def expected(student, teacher, rollouts, prompts, teacher_prompts, samples):
 @pytest.mark.parametrize("teacher_prompts", [None, TEACHER_PROMPTS])
 def test_measures_are_those_of_dense_distributions(monkeypatch, teacher_prompts):
     student, teacher = make_models(np.float32)
-    monkeypatch.setattr(divergence, "_ROWS", 4)  # several parts, the last one not full
+    monkeypatch.setattr(divergence, "ROWS_AT_A_TIME", 4)  # several parts, the last one not full
     evaluator = make_evaluator(teacher, teacher_prompts=teacher_prompts)
     result = evaluator(student)
     own = evaluator._draw(student, evaluator._batch, MODEL, evaluator.student_decoding)

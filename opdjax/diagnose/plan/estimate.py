@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from opdjax.diagnose.plan.workload import Workload, bytes_of
+from opdjax.engine.divergence import DIVERGENCE_SLOTS, ROWS_AT_A_TIME
 from opdjax.engine.evaluate import EVALUATION_SLOTS
 from opdjax.engine.scheduling import BLOCKS_PER_FILL
 from opdjax.engine.update import make_optimizer
@@ -26,10 +27,11 @@ from opdjax.types import TeacherScores
 
 # The update has two moments of most memory: the vocabulary pass and the layers' backward pass.
 _SAMPLER, _UPDATE = ("prefill", "sample"), ("loss", "backward")
-PHASES = (*_SAMPLER, "teacher", *_UPDATE, "evaluate")
+PHASES = (*_SAMPLER, "teacher", *_UPDATE, "evaluate", "divergence", "save")
 PROGRAMS = {name: (name,) for name in (*_SAMPLER, "teacher")} | {"update": _UPDATE}
 # Arrays [tile, V] in float32 that exist at once in the loss, by what is read from the teacher.
 _TILES = {"none": 1, "token": 1, "top_k": 1, "vocabulary": 4}
+_DIVERGENCE_TILES = 3  # the same in an evaluation of the divergence; 2.3 of them on a CPU
 # Arrays [rows, V] in float32 when a token is sampled: logits, weights, their running sums.
 _SAMPLING_COPIES = 3
 
@@ -67,7 +69,10 @@ class Plan:
     @property
     def phases(self) -> tuple[str, ...]:
         """The phases of this run."""
-        return PHASES if self.workload.config.evaluation.source is not None else PHASES[:-1]
+        evaluation = self.workload.config.evaluation
+        runs = {"evaluate": evaluation.source is not None, "divergence": evaluation.measures}
+        runs["save"] = self.workload.topology.backend == "cpu"  # others copy to their hosts
+        return tuple(phase for phase in PHASES if runs.get(phase, True))
 
     def items_in(self, phase: str) -> list[Item]:
         """Return the items held in a phase."""
@@ -94,8 +99,8 @@ def estimate(workload: Workload) -> Plan:
         arithmetic = flops / devices / chip.peak_flops
         memory = traffic / chip.hbm_bandwidth
         bounds[name] = Bound(flops, max(arithmetic, memory), memory > arithmetic)
-    items = [*_permanent(workload), *_generating(workload, _SAMPLER), *_scoring(workload)]
-    items += [*_updating(workload), *_generating(workload, ("evaluate",))]
+    items = [*_permanent(workload), *_rollouts(workload), *_scoring(workload)]
+    items += [*_updating(workload), *_evaluating(workload)]
     return Plan(workload, tuple(item for item in items if item.num_bytes), bounds)
 
 
@@ -159,13 +164,16 @@ def _permanent(workload: Workload) -> list[Item]:
     head_bytes = bytes_of(published[head]) if is_own and needs_head else 0
     frozen_readers = _UPDATE + ("teacher",) * workload.has_reference
     readers = _SAMPLER * (workload.writer == "student") + ("evaluate",) + ("teacher",) * is_own
+    optimizer = _optimizer_bytes(workload)
+    saved = trained * (1 + has_average) + optimizer
     items = [
         Item("student's trained parameters, float32", trained, PHASES, _UPDATE),
-        Item("optimizer's state", _optimizer_bytes(workload), PHASES, _UPDATE),
+        Item("optimizer's state", optimizer, PHASES, _UPDATE),
         Item("student's frozen parameters", bytes_of(workload.frozen), PHASES, frozen_readers),
         Item("published copy, its head", head_bytes, PHASES, readers + _UPDATE),
         Item("published copy of the student", bytes_of(published) - head_bytes, PHASES, readers),
         Item("moving average of the student", trained * has_average, PHASES, _UPDATE),
+        Item("checkpoint, a copy and its encoded form", 2 * saved, ("save",)),
     ]
     if workload.teacher is not None or has_average:
         role = "reference" if workload.has_reference else "teacher"
@@ -206,19 +214,64 @@ def _gathered_table(workload: Workload, model: DecoderConfig, split_over: tuple[
     return rows * model.hidden_size * workload.itemsize
 
 
-def _generating(workload: Workload, phases: tuple[str, ...]) -> list[Item]:
-    """Count the rows that a step samples, or held-out answers, and the next prompts."""
-    config, tensor = workload.config, workload.layout.shape["tensor"]
-    if phases == _SAMPLER:
-        settings, model, stored = config.sampling, workload.sampled_model, workload.cache_dtype
-        is_run, rows, group = workload.writer != "none", workload.slots, settings.num_generations
-    else:
-        settings, model, stored = config.evaluation, workload.student, workload.dtype
-        rows = -(-(config.sampling.slots or EVALUATION_SLOTS) // workload.row_shards)
-        is_run, group = settings.source is not None, settings.num_samples
-    if not is_run:
+def _rollouts(workload: Workload) -> list[Item]:
+    """Count the rows that a step samples."""
+    sampling, rows = workload.config.sampling, workload.slots
+    if workload.writer == "none":
         return []
-    length, prompt, decoding = settings.max_completion_length, workload.prompt_columns, phases[-1:]
+    tokens = (rows + workload.rows) * sampling.max_completion_length * 12
+    held = Item("sampled tokens and their log-probabilities", tokens, _SAMPLER, _SAMPLER[-1:])
+    how = (workload.sampled_model, workload.cache_dtype, rows)
+    sizes = (sampling.num_generations, sampling.max_completion_length)
+    return [*_generating(workload, _SAMPLER, *how, *sizes), held]
+
+
+def _evaluating(workload: Workload) -> list[Item]:
+    """Count the held-out rows that are decoded at a time, and those whose divergence is measured:
+    each model's forward pass, then their distributions.
+    """
+    evaluation, given = workload.config.evaluation, workload.config.sampling.slots
+    if evaluation.source is None:
+        return []
+    pair = (workload.student, workload.scoring_model)
+    sizes = (evaluation.num_samples, evaluation.max_completion_length)
+    answers = evaluation.num_prompts * evaluation.num_samples
+    on_device = lambda rows: -(-min(rows, answers) // workload.row_shards)
+    draws = [(workload.student, EVALUATION_SLOTS)] * evaluation.grades
+    draws += [(model, DIVERGENCE_SLOTS) for model in pair] * evaluation.measures
+    drawn = [
+        _generating(
+            workload, ("evaluate",), model, workload.dtype, on_device(given or rows), *sizes
+        )
+        for model, rows in draws
+    ]
+    items = max(drawn, key=lambda items: sum(item.num_bytes for item in items))
+    if evaluation.measures:
+        rows, phases = on_device(ROWS_AT_A_TIME), ("divergence",)
+        columns = workload.prompt_columns + sizes[1]
+        width = sum(model.hidden_size for model in pair)
+        layer = max(_forward_bytes(workload, model, rows, columns) for model in pair)
+        tiles = _DIVERGENCE_TILES * _tile_bytes(workload, rows * columns)
+        items += [
+            Item(
+                "hidden states of both models", rows * columns * width * workload.itemsize, phases
+            ),
+            Item("a layer's activations, or vocabulary tiles", max(layer, tiles), phases),
+        ]
+    return items
+
+
+def _generating(
+    workload: Workload,
+    phases: tuple[str, ...],
+    model: DecoderConfig,
+    stored: str,
+    rows: int,
+    group: int,
+    length: int,
+) -> list[Item]:
+    """Count rows that are decoded at a time, in groups of one prompt, and the next prompts."""
+    tensor, prompt, decoding = workload.layout.shape["tensor"], workload.prompt_columns, phases[-1:]
     waiting = -(-rows // (group * BLOCKS_PER_FILL))
     logits = _SAMPLING_COPIES * (rows * model.vocab_size // tensor * 4)
     cache = cache_bytes(model, stored, rows, prompt + length, tensor)
@@ -230,7 +283,6 @@ def _generating(workload: Workload, phases: tuple[str, ...]) -> list[Item]:
     chosen = cache_bytes(model, stored, rows, prompt, tensor) // 2
     unfused = dataclasses.replace(model, attention="xla")  # the sampler's attention always is
     activations = _forward_bytes(workload, unfused, waiting, prompt)
-    tokens = (rows + workload.rows) * length * 12 if phases == _SAMPLER else 0
     return [
         Item("KV cache, prompt and completion", cache, phases, decoding),
         Item("KV cache of waiting prompts", prefix, phases),
@@ -239,7 +291,6 @@ def _generating(workload: Workload, phases: tuple[str, ...]) -> list[Item]:
         Item(f"logits of the sampled tokens, {_SAMPLING_COPIES} arrays", logits, decoding),
         Item("KV cache of prompts, as it is written", prefix, phases[:1]),
         Item("a layer's activations of the prompts", activations, phases[:1]),
-        Item("sampled tokens and their log-probabilities", tokens, _SAMPLER, decoding),
     ]
 
 
@@ -259,9 +310,9 @@ def _forward_bytes(workload: Workload, model: DecoderConfig, rows: int, columns:
     return max(scores, mlp) + 2 * cells * model.hidden_size * 4
 
 
-def _tile_bytes(workload: Workload) -> int:
-    """Return the bytes of one array [tile, V] in float32."""
-    tokens = min(TILE, workload.micro_rows * workload.columns)
+def _tile_bytes(workload: Workload, tokens: int | None = None) -> int:
+    """Return the bytes of one array [tile, V] in float32, of a micro-batch or of some tokens."""
+    tokens = min(TILE, tokens or workload.micro_rows * workload.columns)
     return tokens * workload.student.vocab_size // workload.layout.shape["tensor"] * 4
 
 

@@ -113,6 +113,17 @@ def taught():
     return {"sampling": SamplingConfig(max_completion_length=16, completions_from="references")}
 
 
+def test_a_save_is_counted_where_the_state_lies_in_the_memory_of_the_host(run_of):
+    plan = estimate(run_of("cpu", mesh=MeshConfig()))
+    state = 3 * 4 * (KERNELS + NORMS + EMBEDDING)  # with two moments
+    assert sizes(plan, "save")["checkpoint, a copy and its encoded form"] == 2 * state
+    assert plan.held("save") - plan.held("teacher") < 2 * state
+    adapters = estimate(run_of("cpu", mesh=MeshConfig(), lora=LoraConfig(rank=1)))
+    small = sizes(adapters, "save")
+    assert small["checkpoint, a copy and its encoded form"] < 2 * state / 3
+    assert small["student's frozen parameters"] == state // 3
+
+
 def test_tensor_splits_heads_mlp_and_vocabulary(run_of):
     workload = run_of("v5e-4")
     student = dataclasses.replace(workload.student, num_kv_heads=2)

@@ -122,3 +122,26 @@ def test_evaluation_is_counted_if_there_is_one(run_of):
         item for item in plan.items if item.phases == ("evaluate",) and "KV cache" in item.name
     )
     assert cache.num_bytes == 2 * 2 * 3 * (16 + 48) * 4 * 2  # 12 rows on four devices: 3 on each
+
+
+def test_an_evaluation_of_the_divergence_is_counted(run_of):
+    """64 rows of 16 + 48 columns over four devices: both models' hidden states of 8 and 16 wide in
+    bfloat16. The teacher, which is wider, has the larger cache.
+    """
+    divergence = EvaluationConfig(max_completion_length=48, kind="divergence")
+    plan = estimate(run_of("v5e-4", evaluation=divergence))
+    assert plan.phases[-2:] == ("evaluate", "divergence")
+    held = {item.name: item.num_bytes for item in plan.items if item.phases == ("divergence",)}
+    assert held["hidden states of both models"] == 16 * 64 * (8 + 16) * 2
+    scores = 16 * 64 * 64 * 2 * 4 + 2 * 16 * 64 * 16 * 4
+    assert held["a layer's activations, or vocabulary tiles"] == scores
+    answers = EvaluationConfig(max_completion_length=48)
+    cache = lambda plan: next(
+        item.num_bytes
+        for item in plan.items
+        if item.phases == ("evaluate",) and item.name == "KV cache, prompt and completion"
+    )
+    rows = cache(estimate(run_of("v5e-4", evaluation=answers))) / cache(plan)
+    assert rows == 512 / (2 * 128)  # decoded at a time; its heads are twice as wide
+    few = dataclasses.replace(divergence, num_prompts=2, num_samples=2)  # a row on each device
+    assert cache(plan) == 32 * cache(estimate(run_of("v5e-4", evaluation=few)))
