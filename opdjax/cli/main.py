@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that help is instant.
 import contextlib
 import errno
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -60,6 +61,9 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(importlib.metadata.version("opdjax"))
+        return
     name = ALIASES.get(arguments[0], arguments[0])
     if name not in COMMANDS:
         _report(f"there is no command {name!r}; {nearest(name, COMMANDS)}")
@@ -150,6 +154,6 @@ def _usage() -> str:
         lines.append(f"  {name:<13}{function.__doc__.splitlines()[0]}")
     aliases = ", ".join(f"{alias} (now {name})" for alias, name in ALIASES.items())
     lines += ["", "opdjax COMMAND --help lists the options of a command."]
-    lines += ["--debug, with any command, or OPDJAX_DEBUG=1 adds the traceback to an error."]
+    lines += ["--debug, with any command, or OPDJAX_DEBUG=1 adds the traceback to an error; --version."]
     lines += [f"Old names that still work: {aliases}."]
     return "\n".join(lines)

@@ -116,7 +116,7 @@ def check_files(directory: pathlib.Path) -> str:
     file = directory / RECORD
     record = read_json(file, "export the checkpoint again") if file.exists() else {}
     if (known := record.pop("files", None)) is None:
-        return "no digests: not exported by this version"
+        return "no digests to compare with: opdjax export writes them"
     found = _digests(directory, record)
     if changed := [name for name in known if found.get(name) != known[name]]:
         raise CheckpointError(

@@ -476,10 +476,12 @@ def require_rows_divide(config: Config, shards: int) -> None:
     """The rows of a step must divide into the micro-batches and the row shards of the mesh."""
     parts, rows = config.train.gradient_accumulation_steps, config.rows_per_step
     if rows % (shards * parts):
+        fitting = (str(n) for n in range(1, rows + 1) if rows % (shards * n) == 0)
         raise ConfigError(
             f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide "
             f"into {parts} micro-batches (train.gradient_accumulation_steps) on {shards} devices "
-            "(mesh.data x mesh.fsdp); change one of them"
+            "(mesh.data x mesh.fsdp); change one of them "
+            f"(numbers of micro-batches that divide: {', '.join(fitting) or 'none'})"
         )
     require_slots(config.sampling.slots, shards)
 

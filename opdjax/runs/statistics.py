@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 # Student's t agrees to the third digit.
 _Z95 = 1.959964
 _RESAMPLES = 1000  # of the bootstrap
-NO_RIGHT_ANSWER = "no answer was graded right: check the grader"
+NO_RIGHT_ANSWER = "no answer was graded right: check the grader, and completions by opdjax sample"
 
 
 def score_label(name: str, k: int | None) -> str:

@@ -41,7 +41,7 @@ _RUN_FILES = (
 # change when a run is resumed.
 _EXECUTION_FIELDS = (
     *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "processes")),
-    *("near_policy.generator", "sampling.slots", "checkpoint.on_damage"),
+    *("near_policy.generator", "sampling.slots"),
     *(f"train.{name}" for name in ("gradient_accumulation_steps", "remat", "attention")),
     *(f"{role}.base_url" for role in ("rubricator", "verifier", "teach")),
     *(f"api.{name.name}" for name in dataclasses.fields(ApiConfig) if name.name != "max_tokens"),
@@ -129,6 +129,8 @@ def claim(
     described = [{"config": upgrade(run["config"]), "data": {**run["data"]}} for run in (old, new)]
     before, now = (run["config"]["data"] for run in described)
     before["date"] = before["date"] or now["date"]  # unrecorded earlier: the digests tell
+    for run in described:
+        _pop(run["config"], ("checkpoint.on_damage",))  # changes no result
     execution = [_pop(run["config"], _EXECUTION_FIELDS) for run in described]
     evaluation = [run["config"].pop("evaluation") for run in described]
     changes = differences(*evaluation, "evaluation.")

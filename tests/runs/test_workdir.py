@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from opdjax.config import (
+    CheckpointConfig,
     Config,
     EstimatorConfig,
     EvaluationConfig,
@@ -179,6 +180,10 @@ def test_another_environment_is_only_noted(tmp_path, capsys):
         "in the last bits\n"
     )
     assert capsys.readouterr().out == expected
+    # What is done on damage changes no result, and is recorded for no comparison.
+    previous = CheckpointConfig(on_damage="previous")
+    claim(tmp_path, Config(checkpoint=previous), FACTS)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_environment_can_be_written_and_names_the_machine(tmp_path):

@@ -61,7 +61,7 @@ def inspect(path: pathlib.Path, num_samples: int = 0) -> bool:
         problem = "holds no rollouts" if path.exists() else "does not exist"
         raise WorkdirError(
             f"{path} {problem}; expected a directory rollouts/VERSION or the work directory of a "
-            "run that stores its rollouts"
+            "run that stores its rollouts: a near-policy one, or opdjax sample --store"
         )
     damaged: list[str] = []
     places = itertools.product(directories, SCHEMAS)
