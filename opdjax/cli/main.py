@@ -149,11 +149,11 @@ def _report(message: str) -> None:
 
 
 def _usage() -> str:
-    lines = ["usage: opdjax COMMAND …", ""]
+    lines = ["usage: opdjax COMMAND … or opdjax --version", ""]
     for name, function in COMMANDS.items():
         lines.append(f"  {name:<13}{function.__doc__.splitlines()[0]}")
     aliases = ", ".join(f"{alias} (now {name})" for alias, name in ALIASES.items())
     lines += ["", "opdjax COMMAND --help lists the options of a command."]
-    lines += ["--debug, with any command, or OPDJAX_DEBUG=1 adds the traceback to an error; --version."]
+    lines += ["--debug, with any command, or OPDJAX_DEBUG=1 adds the traceback to an error."]
     lines += [f"Old names that still work: {aliases}."]
     return "\n".join(lines)
