@@ -118,7 +118,9 @@ def _text(error: BaseException) -> str:
         is_full = error.errno == errno.ENOSPC and "make room" not in error.strerror
         advice = "; make room and run the same command again" if is_full else ""
         return f"{error.filename}: {error.strerror}{advice}"
-    if _NO_MEMORY in str(error):
+    # TensorStore reports a full disk by the same word.
+    is_full = "make room" in str(error) or os.strerror(errno.ENOSPC) in str(error)
+    if _NO_MEMORY in str(error) and not is_full:
         first = str(error).partition("\n")[0]
         return (
             f"{first.rstrip('.')}; raise train.gradient_accumulation_steps or lower sampling.slots "

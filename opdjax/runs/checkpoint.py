@@ -153,9 +153,9 @@ class Checkpointer:
         """CheckpointWriteError if what is done, or an earlier save in the background, fails."""
         try:
             yield
-        except OSError:
-            raise  # it names its file
-        except Exception as error:  # TensorStore raises most others too
+        except Exception as error:  # TensorStore raises most kinds, OSError without its file too
+            if isinstance(error, OSError) and error.filename is not None:
+                raise  # it names its file
             raise CheckpointWriteError(
                 f"a checkpoint in {self._manager.directory} could not be written: "
                 f"{_first_line(error)}; make room there or repair that, and the same command "

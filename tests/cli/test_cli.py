@@ -533,6 +533,9 @@ def test_a_device_without_memory_is_the_users_to_help():
     advice = "Out of memory allocating 9 bytes; raise train.gradient_accumulation_steps"
     assert advice in main._text(error)
     assert "stack" not in main._text(error)
+    for text in ("No space left on device", "Failed writing; make room there"):
+        full = RuntimeError(f"RESOURCE_EXHAUSTED: {text}")
+        assert main._text(full) == str(full)
 
 
 @pytest.mark.parametrize(
