@@ -150,6 +150,7 @@ def test_a_save_does_not_wait_for_its_digests_and_is_complete_with_them(tmp_path
     checkpointer.close()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_that_cannot_be_written_is_named_without_a_traceback(tmp_path, capsys):
