@@ -79,6 +79,10 @@ class Trial:
                 if not run.wait():
                     return "VIOLATION", f"hangs after the restart, for {LONGEST:.0f} s"
                 statuses = run.end()
+            elif run.running:  # the process that was to be struck has ended well before the other
+                if not run.wait():
+                    return "VIOLATION", f"hangs for {LONGEST:.0f} s, though its generator has ended"
+                statuses |= run.end()
             return self._verdict(run, statuses, expected)
 
     def _poisoned(self) -> dict:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import os
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -37,6 +39,10 @@ class UnreadableCheckpointError(ValueError):
             f"checkpoint {path} is damaged: {reason}; move it away to use another one (there are "
             f"{others}), or continue with --checkpoint.on-damage previous"
         )
+
+
+class CheckpointWriteError(RuntimeError):
+    """A state could not be written."""
 
 
 # The scores whose best checkpoint is kept, by the first that a run has; lower divergence is better.
@@ -78,6 +84,7 @@ class Checkpointer:
         # Orbax logs every step of every save, and tracebacks of failures that also surface as
         # exceptions.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _silence_closed_loops()
         best = BestN(
             get_metric_fn=_quality,
             n=1,
@@ -138,7 +145,22 @@ class Checkpointer:
             stored.update({_RECORD: record, "crc32": _crc32(record)})
 
         args = _Save(state, complete=complete)
-        self._manager.save(step, args=args, metrics=evaluation, custom_metadata=stored)
+        with self._writing():
+            self._manager.save(step, args=args, metrics=evaluation, custom_metadata=stored)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """CheckpointWriteError if what is done, or an earlier save in the background, fails."""
+        try:
+            yield
+        except OSError:
+            raise  # it names its file
+        except Exception as error:  # TensorStore raises most others too
+            raise CheckpointWriteError(
+                f"a checkpoint in {self._manager.directory} could not be written: "
+                f"{_first_line(error)}; make room there or repair that, and the same command "
+                "continues from the last whole checkpoint"
+            ) from error
 
     def logs(self, step: int | None) -> dict[str, Any]:
         """The `logs` that were saved with a step; empty if none were, or there is no step."""
@@ -232,11 +254,23 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait until all saved states are on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finish pending writes and close the directory."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+
+@functools.cache
+def _silence_closed_loops() -> None:
+    """TensorStore hands the failures that follow a first one to an event loop that orbax has closed
+    by then, and the traceback of each attempt to sys.unraisablehook.
+    """
+    show = sys.unraisablehook
+    is_closed_loop = lambda found: str(found.exc_value) == "Event loop is closed"
+    sys.unraisablehook = lambda found: is_closed_loop(found) or show(found)
 
 
 def _check_steps(directory: epath.Path) -> None:

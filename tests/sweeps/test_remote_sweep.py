@@ -204,7 +204,7 @@ def test_who_works_where_is_seen_from_elsewhere(slow_points, monkeypatch):
     )  # its runner stops it: somebody else may have the point
     runner.terminate()
     runner.wait()
-    until(lambda: line()[1] == "waiting")
+    assert line()[1] == "stalled"  # until a runner claims the point
 
 
 def test_a_failed_point_is_tried_again_in_the_same_call(slow_points, monkeypatch):
