@@ -45,6 +45,7 @@ ALIASES = {"teach": "references", "annotate": "score", "inspect": "rollouts", "i
 # Errors of the package that a caller inside it handles: one that gets here is a bug.
 _INTERNAL_ERRORS = ("ReplyError",)
 _NO_MEMORY = "RESOURCE_EXHAUSTED"  # in an error of jax
+_PEER_LOST = "Connection closed by peer"  # the same, between processes on CPUs
 _EXIT_SECONDS = 3.0
 _CACHE_BYTES = 4 << 30  # of compiled programs; jax drops the ones that were used longest ago
 
@@ -109,7 +110,8 @@ def is_user_error(error: BaseException) -> bool:
     """
     own = [base.__name__ for base in type(error).__mro__ if base.__module__.startswith("opdjax.")]
     is_own = any(not name.startswith("_") and name not in _INTERNAL_ERRORS for name in own)
-    return is_own or isinstance(error, OSError) or _NO_MEMORY in str(error)
+    is_known = _NO_MEMORY in str(error) or _PEER_LOST in str(error)
+    return is_own or isinstance(error, OSError) or is_known
 
 
 def _text(error: BaseException) -> str:
@@ -126,6 +128,8 @@ def _text(error: BaseException) -> str:
             f"{first.rstrip('.')}; raise train.gradient_accumulation_steps or lower sampling.slots "
             "(`opdjax plan` estimates the memory), and the same command continues"
         )
+    if _PEER_LOST in str(error):
+        return "another process of the run has ended; run the same command again in every process"
     return str(error) or type(error).__name__
 
 

@@ -31,7 +31,7 @@ class TrainConfig(Section):
     # square.
     pack_length: Annotated[int | None, "at least 2, or none"] = None
     # Dtype of the forward passes of student and teacher; auto: bfloat16 on TPU and GPU, float32 on
-    # CPU.
+    # CPU, where bfloat16 is slower.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # Attention in training and scoring; the sampler always uses xla. xla runs everywhere and holds
     # T x T scores per head. splash (TPU, heads of 64, 128 or 256) and cudnn (NVIDIA GPU, bfloat16,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from opdjax.config import LoraConfig, ModelConfig
@@ -119,7 +120,7 @@ def export_adapter(
     with _new_directory(out) as staging:
         if is_process_zero():
             (staging / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-            save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+            _save(tensors, staging / "adapter_model.safetensors")
             if complete is not None:
                 complete(staging)
 
@@ -183,8 +184,17 @@ def _write_files(params: Params, source: Checkpoint, dtype: np.dtype, out: pathl
         # Every process reads: a tensor may be sharded over all of them.
         tensors = {name: read(name) for name in names}
         if is_process_zero():
-            save_file(tensors, out / file, metadata={"format": "pt"})
+            _save(tensors, out / file)
         weight_map |= dict.fromkeys(names, file)
     if len(files) > 1 and is_process_zero():
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, np.ndarray], file: pathlib.Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} could not be written: {error}; make room there, and run the command again"
+        ) from error

@@ -87,7 +87,9 @@ def open_source(
             return
         from opdjax.rollouts.near_policy.continuous import ContinuousSource
         from opdjax.rollouts.near_policy.refresh import RefreshSource
+        from opdjax.rollouts.near_policy.store import RolloutStore
 
+        on_process_zero(lambda: RolloutStore(setup, workdir).report_lost(first))
         if near.generator == "process":
             command = f"opdjax sample --store {workdir}"
             on_process_zero(lambda: print(f"another process samples the rollouts: run {command}"))

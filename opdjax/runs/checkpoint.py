@@ -266,11 +266,11 @@ class Checkpointer:
 @functools.cache
 def _silence_closed_loops() -> None:
     """TensorStore hands the failures that follow a first one to an event loop that orbax has closed
-    by then, and the traceback of each attempt to sys.excepthook.
+    by then, and the traceback of each attempt to sys.unraisablehook.
     """
-    show = sys.excepthook
-    is_closed_loop = lambda error: str(error) == "Event loop is closed"
-    sys.excepthook = lambda kind, error, trace: is_closed_loop(error) or show(kind, error, trace)
+    show = sys.unraisablehook
+    is_closed_loop = lambda found: str(found.exc_value) == "Event loop is closed"
+    sys.unraisablehook = lambda found: is_closed_loop(found) or show(found)
 
 
 def _check_steps(directory: epath.Path) -> None:

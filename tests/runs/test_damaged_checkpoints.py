@@ -1,7 +1,9 @@
 """Damage to any file of a checkpoint is named, or changes nothing."""
 
 import collections
+import resource
 import shutil
+import signal
 import threading
 
 import jax
@@ -16,6 +18,7 @@ from opdjax.runs import checkpoint
 from opdjax.runs.checkpoint import (
     Checkpointer,
     CheckpointShapeError,
+    CheckpointWriteError,
     UnreadableCheckpointError,
     digests,
     set_aside,
@@ -145,6 +148,24 @@ def test_a_save_does_not_wait_for_its_digests_and_is_complete_with_them(tmp_path
     assert '"params.embed"' in (tmp_path / "7/_CHECKPOINT_METADATA").read_text()
     checkpointer.restore(7, state)
     checkpointer.close()
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_checkpoint_that_cannot_be_written_is_named_without_a_traceback(tmp_path, capsys):
+    checkpointer, limit = Checkpointer(tmp_path, keep=1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
+    try:
+        checkpointer.save(7, make_state())
+        with pytest.raises(CheckpointWriteError, match="could not be written: .*; make room there"):
+            checkpointer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "7").exists()
 
 
 def test_digests_of_earlier_checkpoints_hold():

@@ -68,6 +68,26 @@ class RolloutStore:
         on_process_zero(lambda: path.unlink(missing_ok=True))  # now all processes have read it
         return None
 
+    def report_lost(self, first: int) -> None:
+        """Print what is gone of the rollouts that the steps before `first` trained on."""
+        config, stored = self.setup.config, shards.versions(self.workdir)
+        is_continuous = config.near_policy.schedule == "continuous"
+        # The newest version of a refresh is made again where it is needed.
+        wanted = [v for v in config.refresh_steps if config.train.first_step <= v < first][:-1]
+        for stage in ("samples", "annotations")[: 1 + stages.is_annotated(config)]:
+            found = {v: shards.shard_paths(self.directory(v), stage).keys() for v in stored}
+            if is_continuous:
+                every = set().union(*found.values())
+                lost = [n for n in range(config.train.first_step, first) if n not in every]
+            else:
+                numbers = self.blocks(0) if wanted else ()
+                lost = [(v, n) for v in wanted for n in numbers if n not in found.get(v, ())]
+            if lost:
+                print(
+                    f"note: {len(lost)} {stage} of rollouts before step {first} were lost in "
+                    f"{self.workdir / 'rollouts'}, first {lost[0]}; the run goes on without them"
+                )
+
     def blocks(self, step: int) -> dict[int, np.ndarray]:
         """Prompts that are sampled for a step, number of the shard -> indices: the step's own, or
         under refresh those of an epoch, in whole prompts, about SHARD_SIZE rollouts a shard.

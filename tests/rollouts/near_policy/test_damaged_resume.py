@@ -2,11 +2,16 @@
 like an undisturbed one, with rollouts drawn ahead or anew, on a local disk and on gs://.
 """
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 from near_runs import assert_same_steps, shard_names
 from test_resume import AGAIN, AHEAD, ANEW, SOURCE, THREAD, killed
-from tiny_runs import vary
+from tiny_runs import TINY, vary
 
+from opdjax.config import NearPolicyConfig
+from opdjax.rollouts.near_policy.store import RolloutStore
 from opdjax.runs.checkpoint import UnreadableCheckpointError
 from opdjax.runs.mirror import read_only_workdir
 from opdjax.train import train
@@ -57,3 +62,18 @@ def test_the_checkpoint_before_a_damaged_one_leads_to_the_same_end(
     with read_only_workdir(workdir, lambda name: not name.startswith("checkpoints")) as mirror:
         assert_same_steps(undisturbed, mirror.directory)
         assert shard_names(undisturbed) == shard_names(mirror.directory)
+
+
+def test_rollouts_that_were_trained_on_and_are_gone_are_said(tmp_path, capsys):
+    near = NearPolicyConfig("continuous", max_staleness=1)
+    config = dataclasses.replace(TINY, near_policy=near)
+    store = RolloutStore(SimpleNamespace(config=config), tmp_path)
+    for version, number in ((0, 0), (1, 2)):
+        store.directory(version).mkdir(parents=True)
+        (store.directory(version) / f"samples-{number:08}.{'0' * 16}.parquet").touch()
+    store.report_lost(1)
+    assert capsys.readouterr().out == ""
+    store.report_lost(4)
+    found = capsys.readouterr().out
+    assert "note: 2 samples of rollouts before step 4 were lost in" in found
+    assert "first 1; the run goes on without them" in found
