@@ -352,4 +352,6 @@ def _quality(metrics: dict[str, float]) -> float:
 
 def _first_line(error: Exception) -> str:
     text = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0].rstrip(".")
-    return f"{type(error).__name__}: {text}"[:300]
+    # TensorStore's text begins with the array and ends with the cause.
+    text = text if len(text) <= 300 else f"{text[:100]} … {text[-200:]}"
+    return f"{type(error).__name__}: {text}"
