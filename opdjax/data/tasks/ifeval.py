@@ -4,7 +4,6 @@ the package if-verifiable checks them; `is_followed` is called in a process of i
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 from opdjax.config.validation import MissingExtraError
@@ -13,15 +12,26 @@ MAX_BYTES = 4 << 30  # of the process that checks
 
 
 def require_package() -> None:
-    """MissingExtraError if if-verifiable is not installed."""
-    if importlib.util.find_spec("if_verifiable") is None:
-        reason = "which checks the instructions: pip install 'opdjax[ifeval]'"
-        raise MissingExtraError(f"the grader 'ifeval' needs if-verifiable, {reason}")
+    """MissingExtraError if if-verifiable, or a file that it counts sentences with, is missing."""
+    try:
+        import if_verifiable  # noqa: F401
+        import nltk
+
+        nltk.data.find("tokenizers/punkt_tab")
+    except ImportError as error:
+        advice = "needs if-verifiable: pip install 'opdjax[ifeval]'"
+        raise MissingExtraError(f"the grader 'ifeval' {advice}") from error
+    except LookupError as error:  # without it, every count of sentences would fail
+        advice = "needs a file of nltk: python -m nltk.downloader punkt_tab"
+        raise MissingExtraError(f"the grader 'ifeval' {advice}") from error
 
 
 def warm_up() -> None:
-    """Imports the package."""
+    """Imports the packages."""
     import if_verifiable  # noqa: F401
+    import langdetect
+
+    langdetect.DetectorFactory.seed = 0  # the same language each time
 
 
 def instructions(row: str) -> str | None:
@@ -34,6 +44,6 @@ def is_followed(row: str, answer: str) -> bool:
     from if_verifiable import IFEvalSample, evaluate_output_for_sample
 
     sample = IFEvalSample(**json.loads(row))
-    # Tables hold null for each argument that an instruction does not have.
-    sample.kwargs = [{n: x for n, x in own.items() if x is not None} for own in sample.kwargs]
-    return evaluate_output_for_sample("ifeval", sample, answer)[1].binary_strict == 1
+    results, scores = evaluate_output_for_sample("ifeval", sample, answer)
+    # It passes over instructions that it does not know.
+    return len(results) == len(sample.instruction_id_list) and scores.binary_strict == 1

@@ -1,7 +1,7 @@
 """Answers to instructions, graded by if-verifiable."""
 
-import importlib.util
 import json
+import sys
 
 import pytest
 
@@ -18,6 +18,7 @@ ROW = {
         "change_case:english_lowercase",
         "length_constraints:number_words",
     ],
+    # Tables hold null for each argument that an instruction does not have.
     "kwargs": [
         {"relation": None, "num_words": None},
         {"relation": None, "num_words": None},
@@ -28,27 +29,42 @@ GOOD = "rain falls from grey clouds onto the roofs and fills the small streams t
 GOOD += "down to the sea"
 
 
-def test_without_the_package_its_extra_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.fixture(autouse=True)
+def fresh():
     grader_named.cache_clear()
+    yield
+    grader_named.cache_clear()
+
+
+def test_without_the_package_its_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "if_verifiable", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'opdjax\[ifeval\]'"):
         grader_named("ifeval")
 
 
-@pytest.fixture
-def grade():
+def missing(name):
+    raise LookupError(name)
+
+
+def test_without_the_file_that_sentences_are_counted_with_it_is_refused(monkeypatch):
     pytest.importorskip("if_verifiable")
-    yield grader_named("ifeval")
-    isolated.stop()
+    monkeypatch.setattr("nltk.data.find", missing)
+    with pytest.raises(MissingExtraError, match="python -m nltk.downloader punkt_tab"):
+        grader_named("ifeval")
 
 
-def test_all_instructions_must_be_followed(grade):
-    row = json.dumps(ROW)
+def test_all_instructions_must_be_followed(monkeypatch):
+    pytest.importorskip("if_verifiable")
+    monkeypatch.setattr("nltk.data.find", lambda name: name)  # no sentences are counted here
+    grade, row = grader_named("ifeval"), json.dumps(ROW)
     require_readable("ifeval", [row], "ifeval")
     assert grade(GOOD, row)
     assert grade(f"<think>A, B</think>{GOOD}", row)
     for answer in ("rain is wet", GOOD.upper(), GOOD.replace(" onto", ", onto"), ""):
         assert not grade(answer, row)
+    unknown = {"instruction_id_list": ["punctuation:no_comma", "no:such_instruction", "a:b"]}
+    assert not grade(GOOD, json.dumps(ROW | unknown))
     assert votes("ifeval", [GOOD, "", GOOD]) == [0, None, 0]
     with pytest.raises(DataError, match="reads no answer in 1 of 2 rows of ifeval"):
         require_readable("ifeval", [row, "42"], "ifeval")
+    isolated.stop()
