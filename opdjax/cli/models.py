@@ -59,7 +59,7 @@ def suites(arguments: list[str]) -> None:
 
 
 def _print_suites(
-    models: Positional[tuple[str, ...]],
+    models: Annotated[Positional[tuple[str, ...]], NONE],
     output: pathlib.Path,
     suites: tuple[str, ...],
     data: DataConfig,
@@ -88,6 +88,7 @@ def _print_suites(
     from opdjax.runs.statistics import benchmark_lines
     from opdjax.runs.workdir import write_json
 
+    require(bool(models), "MODEL …", models, "one checkpoint or more")
     require(not is_remote(output), "--output", str(output), "a local directory")
     sections = {"data": data, "evaluation": evaluation, "train": TrainConfig(dtype=dtype)}
     sections["sampling"], k = SamplingConfig(slots=slots), evaluation.num_samples
