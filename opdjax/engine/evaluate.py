@@ -84,8 +84,8 @@ class Evaluator:
         return result | ({"benchmarks": benchmarks} if benchmarks else {})
 
     def records(self, params: Params, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The sampled answers to the prompts of these indices, in full and graded, a row each. They
-        are those of `sampled`, whatever other prompts are asked for.
+        """The sampled answers to the prompts of these indices, in full and graded, a row each. A
+        draw depends on its own index alone, not on the others.
         """
         k = self.config.num_samples
         *columns, texts = self._grade(params, self.config.temperature, k, np.asarray(indices))
