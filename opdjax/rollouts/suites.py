@@ -39,19 +39,20 @@ def records_of(config: Config, suites: Sequence[str], directory: pathlib.Path) -
     checkpoint = open_student(config)
     tokenizer, dtype = load_tokenizer(checkpoint.path), compute_dtype(config.train.dtype)
     weights = functools.cache(lambda: load_params(checkpoint, dtype))
-    settings, found = {"student": fingerprint(checkpoint), "dtype": dtype}, {}
-    for suite in suites:
+    evaluators = {}
+    for suite in suites:  # all data and graders are read before anything is sampled
         is_known = (name := re.match("[^:=]*", suite)[0]) in presets("suite")
         source, name = (f"suite:{suite}", name) if is_known else (suite, file_name(suite))
         evaluation = dataclasses.replace(config.evaluation, source=source, kind="answers")
         own = dataclasses.replace(config, evaluation=evaluation)
-        evaluator = make_evaluator(own, checkpoint, tokenizer, None)
+        evaluator = evaluators[name] = make_evaluator(own, checkpoint, tokenizer, None)
         if evaluator.prompts.skipped:
             print(f"{name}: {evaluator.prompts.num_skipped} prompts are too long and are left out")
-        sampled = {field: getattr(evaluator.config, field) for field in _SAMPLED}
-        header = settings | sampled | {"prompts": evaluator.prompts.digest}
-        found[name] = _completed(evaluator, directory / f"{name}.jsonl", header, weights)
-    return found
+    header = {"student": fingerprint(checkpoint), "dtype": dtype}
+    return {
+        name: _completed(evaluator, directory / f"{name}.jsonl", header, weights)
+        for name, evaluator in evaluators.items()
+    }
 
 
 def file_name(path: str) -> str:
@@ -62,6 +63,8 @@ def file_name(path: str) -> str:
 def _completed(
     evaluator: Evaluator, file: pathlib.Path, header: dict, weights: Callable[[], Params]
 ) -> Sequence[dict[str, Any]]:
+    sampled = {field: getattr(evaluator.config, field) for field in _SAMPLED}
+    header = header | sampled | {"prompts": evaluator.prompts.digest}
     lines = read_lines(file)
     if not lines:
         append_lines(file, [header])

@@ -1,5 +1,6 @@
 """Suites: records that an interrupted evaluation continues, scores, and paired differences."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -34,13 +35,17 @@ def config_of(model="@mini_student", **own):
     )
 
 
+class Prompts(list):
+    digest = "d"
+
+
 class Answering:
     """An evaluator of five problems, two at a time; it is interrupted after some of them."""
 
-    slots, config, prompts = 8, EVALUATION, range(5)
+    slots, prompts = 8, Prompts(range(5))
 
-    def __init__(self, last=5):
-        self.last, self.asked = last, []
+    def __init__(self, last=5, **own):
+        self.last, self.asked, self.config = last, [], dataclasses.replace(EVALUATION, **own)
 
     def records(self, params, indices):
         if indices[0] >= self.last:
@@ -50,7 +55,7 @@ class Answering:
 
 
 def test_what_was_recorded_is_not_sampled_again(tmp_path):
-    file, header, loaded = tmp_path / "a.jsonl", {"grader": "boxed"}, []
+    file, header, loaded = tmp_path / "a.jsonl", {"student": "s"}, []
     weights = lambda: loaded.append(1) or "weights"
     with pytest.raises(KeyboardInterrupt):
         _completed(Answering(3), file, header, weights)
@@ -59,14 +64,15 @@ def test_what_was_recorded_is_not_sampled_again(tmp_path):
     rest = Answering()
     found = _completed(rest, file, header, weights)
     assert [row["problem"] for row in found] == [0, 1, 2, 3, 4]
-    assert rest.asked == [4]
-    assert (read_lines(file), len(loaded)) == ([header, *found], 4)
+    assert (rest.asked, len(loaded)) == ([4], 4)
+    first, *others = read_lines(file)
+    assert (first["temperature"], first["prompts"], others) == (0.8, "d", found)
     assert _completed(Answering(0), file, header, weights) == found
     assert len(loaded) == 4  # no weights are read where nothing is left to do
     with pytest.raises(
-        ConfigError, match=r"another evaluation \(grader: 'boxed' -> 'exact'\); exp"
+        ConfigError, match=r"another evaluation \(grader: 'gsm8k' -> 'exact'\); exp"
     ):
-        _completed(Answering(), file, {"grader": "exact"}, weights)
+        _completed(Answering(grader="exact"), file, header, weights)
 
 
 @pytest.mark.long
