@@ -195,14 +195,6 @@ class Config(Section):
         return chosen or grader_of(source) or "last_number"
 
     @property
-    def evaluation_columns(self) -> dict[str, str]:
-        """The columns of evaluation.source that are named: those of data.source, too, unless it is
-        a suite, whose rows have the default names.
-        """
-        is_suite = (self.evaluation.source or "").startswith("suite:")
-        return ({} if is_suite else self.data.column_names) | self.evaluation.column_names
-
-    @property
     def grades_rollouts(self) -> bool:
         """Whether the grader of answers also reads rollouts, for rewards or records of them."""
         is_rewarded = self.recipe.reward == "task" or self.estimator.task_reward_coef

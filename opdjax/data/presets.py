@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -23,61 +24,66 @@ def read_source(source: str, columns: ColumnMap, skipped: list[str] | None = Non
         suite:NAME…,NAME…              evaluation suites; the column benchmark holds NAME
         mix:WEIGHT*SOURCE+…            as many rows of each as its weight says and the scarcest has
 
-    The rows of presets and suites have the columns prompt, answer, reference, rubric and
-    prompt_format. The numbers of rows that are left out are printed.
+    The rows of presets and suites have the columns that `columns` names, and prompt_format. The
+    numbers of rows that are left out are printed.
     """
     kind, _, rest = source.partition(":")
     if kind in ("preset", "suite"):
-        return _published(source)
+        return _published(source, columns)
     if kind == "mix":
         return _mixed(rest, columns, skipped)
     return read_rows(source, columns, skipped)
 
 
-def _published(source: str) -> Rows:
+def _published(source: str, columns: ColumnMap) -> Rows:
+    defaults = ("prompt", "answer", "reference", "rubric", "benchmark")
+    names = [own or name for own, name in zip(dataclasses.astuple(columns), defaults)]
     for name, preset, origin in presets_in(source):
         others = (*preset.more, *(["domain"] if preset.domain else []))
-        names = (preset.prompt, preset.answer, preset.reference, preset.rubric, None, others)
+        stored = (preset.prompt, preset.answer, preset.reference, preset.rubric, None, others)
         seen, unfit, repeats = set(), 0, 0
-        for place, row in read_rows(origin, ColumnMap(*names)):
+        for place, row in read_rows(origin, ColumnMap(*stored)):
             try:
                 found = _canonical(row, preset)
             except DataError as error:
                 raise DataError(f"{place}, read as {name}: {error}") from error
-            key = found and " ".join(found["prompt"].lower().split())
+            key = found and " ".join(found[0].lower().split())
             unfit, repeats = unfit + (found is None), repeats + (key in seen)
             if found is not None and key not in seen:
                 seen.add(key)
-                yield place, found | {"prompt_format": FORMATS[preset.format], "benchmark": name}
+                format = {"prompt_format": FORMATS[preset.format]}
+                yield place, dict(zip(names, (*found, name))) | format
         if unfit or repeats:
             left_out = f"{repeats} that repeat a question, {unfit} of another domain or without an"
             print(f"{name}: {len(seen)} rows; left out: {left_out} answer in its form")
 
 
-def _canonical(row: dict[str, Any], preset: Preset) -> dict[str, Any] | None:
-    """A published row with the package's own column names; None if it is to be left out."""
+def _canonical(row: dict[str, Any], preset: Preset) -> tuple[str, Any, Any, Any] | None:
+    """(question, answer, reference, criteria) of a published row; None if it is to be left out."""
     if preset.domain is not None and _text(row, "domain") != preset.domain:
         return None
     before, after = preset.wrapper.split("{prompt}")
     question = _text(row, preset.prompt).strip().removeprefix(before).removesuffix(after)
-    found: dict[str, Any] = {"prompt": question}
-    if preset.reference is not None:
-        found["reference"] = _text(row, preset.reference)
-    if preset.rubric is not None:
-        found["rubric"] = value_at(row, preset.rubric)
+    reference = _text(row, preset.reference) if preset.reference else None
+    criteria = value_at(row, preset.rubric) if preset.rubric else []
     if preset.grader == "ifeval":
-        found["answer"] = json.dumps({"prompt": question} | {n: row[n] for n in preset.more})
+        return (
+            question,
+            json.dumps({"prompt": question} | {n: row[n] for n in preset.more}),
+            None,
+            [],
+        )
     if preset.answer is None:
-        return found
+        return question, None, reference, criteria
     answer = _text(row, preset.answer)
     if preset.mark == BOX:
         answer = (boxes(answer) or [""])[-1]
     elif preset.mark:
         answer = answer.rpartition(preset.mark)[2] if preset.mark in answer else ""
-    found["answer"] = answer.strip()
+    answer = answer.strip()
     if preset.grader == "choice":
-        found["prompt"], found["answer"] = _choice(row, preset, question, found["answer"])
-    return found if found["answer"] else None
+        question, answer = _choice(row, preset, question, answer)
+    return (question, answer, reference, criteria) if answer else None
 
 
 def _choice(row: dict[str, Any], preset: Preset, question: str, answer: str) -> tuple[str, str]:

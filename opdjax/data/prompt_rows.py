@@ -67,8 +67,7 @@ def read_prompts(
     if parts := parts_of(source):
         source, other, size = parts
         rows = read_prompts(source, columns, skips_bad_rows=skips_bad_rows)
-        names = ColumnMap() if other.startswith("suite:") else columns
-        held_out = read_prompts(other, names, skips_bad_rows=skips_bad_rows)
+        held_out = read_prompts(other, columns, skips_bad_rows=skips_bad_rows)
         is_shared = share_words(
             [row.prompt for row in rows], [row.prompt for row in held_out], size
         )

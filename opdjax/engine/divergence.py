@@ -149,7 +149,7 @@ def make_divergence_evaluator(
     decoder, and the teacher's parameters; tokenizers and decodings are of student and teacher.
     """
     evaluation = config.evaluation
-    names = config.evaluation_columns
+    names = config.data.column_names | evaluation.column_names
     columns = ColumnMap(**{name: names[name] for name in ("prompt", "benchmark") if name in names})
     data = dataclasses.replace(config.data, source=evaluation.source, columns=(), references=None)
     rows = read_prompts(data.source, columns, skips_bad_rows=data.skip_bad_rows)

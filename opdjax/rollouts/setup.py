@@ -324,7 +324,7 @@ def make_evaluator(
     require_grader(evaluation.grader)
     view = student_view(config.data)
     data = dataclasses.replace(view, source=evaluation.source, columns=(), references=None)
-    names = config.evaluation_columns
+    names = config.data.column_names | evaluation.column_names
     names.pop("reference", None)
     rows = read_prompts(data.source, ColumnMap(**names), skips_bad_rows=data.skip_bad_rows)
     rows = first_of_each(rows, evaluation.num_prompts)

@@ -218,11 +218,10 @@ def test_several_suites_are_benchmarks_with_one_grader(tmp_path):
     assert two.column_names == {"benchmark": "benchmark"}
     found = read_prompts(two.source, ColumnMap(**two.column_names))
     assert [row.benchmark for row in found] == ["math500", "aime24"]
-    # The columns of the training data are not those of a suite.
-    data = DataConfig("rows.jsonl", columns=("prompt=question", "rubric=rubric"))
-    assert Config(data=data, evaluation=EvaluationConfig("suite:aime24")).evaluation_columns == {}
-    own = Config(data=data, evaluation=EvaluationConfig("b.jsonl", columns=("answer=final",)))
-    assert own.evaluation_columns == data.column_names | {"answer": "final"}
+    # A set has whatever columns the other rows of a run have.
+    names = ColumnMap("a.question", "final", "worked", "criteria", "of")
+    assert read_prompts(two.source, names) == found
+    assert read_prompts(two.source, names)[1].benchmark == "aime24"
     assert Config(evaluation=two).grader == "boxed"
     assert Config(evaluation=EvaluationConfig("suite:gpqa_diamond")).grader == "choice"
     training = DataConfig("mix:1*preset:gsm8k+1*preset:math without suite:gpqa_diamond")
@@ -287,13 +286,14 @@ def test_what_is_no_mixture_is_refused(text):
 def test_questions_that_share_words_with_the_evaluation_are_left_out(tmp_path, capsys):
     held = "Anna has three red apples and gives one of them to her brother Ben today"
     rows = [held, f"Note: {held.upper()}!", held.replace("brother", "sister"), "1+1="]
-    data = written(tmp_path, *({"prompt": text, "answer": "2"} for text in rows))
+    data = written(tmp_path, *({"question": text, "answer": "2"} for text in rows))
     test = written(tmp_path, *({"problem": t, "answer": "2"} for t in (held, "1 + 1 =")), name="t")
     source = f"{data} without suite:math500={test.rename(tmp_path / 'test.jsonl')}"
-    assert [row.prompt for row in read_prompts(source)] == rows[2:]
+    columns = ColumnMap("question")
+    assert [row.prompt for row in read_prompts(source, columns)] == rows[2:]
     out = capsys.readouterr().out
     assert f"left out 2 of 4 rows of {data}: they share 13 words in a row" in out
-    assert [row.prompt for row in read_prompts(f"{source} by 9")] == rows[3:]
+    assert [row.prompt for row in read_prompts(f"{source} by 9", columns)] == rows[3:]
 
 
 def test_shared_words_equal_a_search_of_all_pairs():
