@@ -18,11 +18,12 @@ sample --store runs/npd_math` there. `--near-policy.filter none` keeps all answe
 --near-policy.refresh-epochs and --train.pack-length.
 
 Hardware: not stated for this pair; the paper's main run takes 366 hours on one Ascend NPU, 300 of
-them for generation. Expected score from the paper, MATH-500: 76.6 from 62.0 (teacher: 80.0), GSM8K:
-82.9 from 77.3 (teacher: 89.3). Not run here yet. Deviations: the cosine ends at 0, the paper's at
-1e-6; rows have 4,096 tokens, the model's context and fast with any attention, the paper's 32,768.
-The paper does not state batch size, temperature and answer length; those here are ours. Its student
-is first fine-tuned on answers: pass such a student as --student.path.
+them for generation. By `opdjax plan --topology a100-1` it fits an A100 of 80 GB. Expected score
+from the paper, MATH-500: 76.6 from 62.0 (teacher: 80.0), GSM8K: 82.9 from 77.3 (teacher: 89.3). Not
+run here yet. Deviations: the cosine ends at 0, the paper's at 1e-6; rows have 4,096 tokens, the
+model's context and fast with any attention, the paper's 32,768. The paper does not state batch
+size, temperature and answer length; those here are ours. Its student is first fine-tuned on
+answers: pass such a student as --student.path.
 """
 
 from opdjax.config import (
@@ -47,7 +48,7 @@ def get_config() -> Config:
         data=DataConfig(
             "preset:metamathqa:plain=hf:meta-math/MetaMathQA#train[:50000]", max_prompt_length=1024
         ),
-        sampling=SamplingConfig(num_generations=1, max_completion_length=2048, slots=64),
+        sampling=SamplingConfig(num_generations=1, max_completion_length=2048, slots=32),
         near_policy=NearPolicyConfig(
             "refresh", num_epochs=10, refresh_epochs=(5,), filter="ifd", ifd_min=0.0, ifd_max=0.8
         ),
@@ -56,7 +57,7 @@ def get_config() -> Config:
         train=TrainConfig(
             num_steps=3900,
             prompts_per_step=128,
-            gradient_accumulation_steps=16,
+            gradient_accumulation_steps=32,
             remat="layer",
             pack_length=4096,
         ),

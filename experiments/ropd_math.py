@@ -21,13 +21,13 @@ Data: DAPO-Math-17k, one epoch of 531 steps, and AIME24, from the hub (`pip inst
 suite:aime24=FILE` name copies. `opdjax suites runs/ropd_math --output DIR --protocol ropd`
 evaluates on all benchmarks of the paper.
 
-Hardware: the paper reports eight A100 of 80 GB; a run makes some 34 thousand judge calls of up to
-98 thousand tokens each. Expected score from the paper, 16 samples at T = 1 and top-p 0.95 on
-AIME24: 65.02 from 24.17 (teacher 80.83; scalar judge, recipe tjudge, 62.50). Never run here.
-Deviations: one update of 256 rollouts a step, the release makes four of 64; no importance weight
-between sampler and trainer, which use the same kernels here; evaluation answers of 8,192 tokens,
-the paper's of 32,768; references are sampled at temperature 1, because four at temperature 0 would
-be identical.
+Hardware: the paper reports eight A100 of 80 GB, which hold it by `opdjax plan --topology a100-8`; a
+run makes some 34 thousand judge calls of up to 98 thousand tokens each. Expected score from the
+paper, 16 samples at T = 1 and top-p 0.95 on AIME24: 65.02 from 24.17 (teacher 80.83; scalar judge,
+recipe tjudge, 62.50). Never run here. Deviations: one update of 256 rollouts a step, the release
+makes four of 64; no importance weight between sampler and trainer, which use the same kernels here;
+evaluation answers of 8,192 tokens, the paper's of 32,768; references are sampled at temperature 1,
+because four at temperature 0 would be identical.
 """
 
 from opdjax.config import (
@@ -39,6 +39,7 @@ from opdjax.config import (
     EvaluationConfig,
     JudgeConfig,
     LogConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     SamplingConfig,
@@ -87,5 +88,6 @@ def get_config() -> Config:
         ),
         checkpoint=CheckpointConfig(every=50),
         log=LogConfig(samples_every=50),
+        mesh=MeshConfig(fsdp=8),
         seed=42,
     )

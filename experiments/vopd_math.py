@@ -13,11 +13,12 @@ Data: the English part of DAPO-Math-17k and MATH-500, from the hub (`pip install
 suite:math500=FILE` name copies. `opdjax suites runs/vopd_math --output DIR --protocol vopd_math`
 evaluates on all benchmarks of the paper.
 
-Hardware: the paper reports one H200 or A100 per run, 2 to 6 hours. Expected score from the paper,
-8 samples at T = 0.6 on MATH-500: 64.9 (plain OPD: 58.7). Not run here yet. Deviations: all
-parameters are trained, the paper trains LoRA adapters of rank 64; there is no importance mask
-between sampler and trainer, which use the same kernels here; generation stops at the stop ids of
-the student's checkpoint.
+Hardware: the paper reports one H200 or A100 per run, 2 to 6 hours; by `opdjax plan --topology
+a100-1` it fits an A100 of 80 GB, and on an H200 `--sampling.slots 64` samples faster. Expected
+score from the paper, 8 samples at T = 0.6 on MATH-500: 64.9 (plain OPD: 58.7). Not run here yet.
+Deviations: all parameters are trained, the paper trains LoRA adapters of rank 64; there is no
+importance mask between sampler and trainer, which use the same kernels here; generation stops at
+the stop ids of the student's checkpoint.
 """
 
 from opdjax.config import (
@@ -46,7 +47,7 @@ def get_config() -> Config:
             prompt_format=BOXED,
             max_prompt_length=1024,
         ),
-        sampling=SamplingConfig(num_generations=1, max_completion_length=2048, slots=64),
+        sampling=SamplingConfig(num_generations=1, max_completion_length=2048, slots=16),
         estimator=EstimatorConfig("vopd", baseline="student_topk", support_top_k=100),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", max_grad_norm=1.0),
         train=TrainConfig(

@@ -68,6 +68,7 @@ TEACHER = {
     "estimator": EstimatorConfig("full_kl", divergence="reverse"),
     "lora": LoraConfig(rank=1),
     "train.num_steps": 1,
+    "train.gradient_accumulation_steps": 64,
 }
 
 

@@ -100,6 +100,7 @@ def get_sweep() -> list[SweepPoint]:
     base = replace(
         ROPD,
         data=replace(ROPD.data, references="references/gpt_dapo17k.jsonl"),
+        sampling=replace(ROPD.sampling, slots=32),  # evaluations have 32,768 tokens
         estimator=EstimatorConfig(),
         rubricator=JudgeConfig(),
         verifier=JudgeConfig(),

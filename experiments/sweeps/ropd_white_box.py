@@ -33,6 +33,7 @@ from opdjax.config import (
     EstimatorConfig,
     JudgeConfig,
     LoraConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     TeachConfig,
@@ -92,12 +93,15 @@ def get_sweep() -> list[SweepPoint]:
     base = replace(
         ropd,
         data=replace(ropd.data, references=None),
+        sampling=replace(ropd.sampling, slots=16),  # evaluations have 32,768 tokens
         estimator=EstimatorConfig(),
         rubricator=JudgeConfig(),
         verifier=JudgeConfig(),
         optimizer=OptimizerConfig(
             learning_rate=1e-6, schedule="cosine", warmup_steps=100, b2=0.95, weight_decay=0.1
         ),
+        train=replace(ropd.train, gradient_accumulation_steps=64),
+        mesh=MeshConfig(fsdp=4, tensor=2),  # for the teacher of 14 B
         evaluation=replace(
             ropd.evaluation,
             source="contests.jsonl",
