@@ -48,7 +48,12 @@ def get_config() -> Config:
         data=DataConfig(
             "preset:metamathqa:plain=hf:meta-math/MetaMathQA#train[:50000]", max_prompt_length=1024
         ),
-        sampling=SamplingConfig(num_generations=1, max_completion_length=2048, slots=32),
+        sampling=SamplingConfig(
+            num_generations=1,
+            max_completion_length=2048,
+            stop_token_ids=(151645,),  # <|im_end|>: the base model's files name <|endoftext|> alone
+            slots=32,
+        ),
         near_policy=NearPolicyConfig(
             "refresh", num_epochs=10, refresh_epochs=(5,), filter="ifd", ifd_min=0.0, ifd_max=0.8
         ),

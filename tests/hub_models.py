@@ -18,7 +18,7 @@ from opdjax.models.decoder import init_params
 from opdjax.models.hf import open_checkpoint
 from opdjax.models.hf_export import export
 
-FIRST_SPECIAL, SCALE = 151643, 32
+FIRST_SPECIAL, FIRST_SMALL, SCALE = 151643, 300, 32
 _COMMON = {
     "attention_dropout": 0.0,
     "bos_token_id": FIRST_SPECIAL,
@@ -111,16 +111,20 @@ def write_config(name, directory):
     return str(directory)
 
 
+def small_id(special):
+    """The id that a special token of the real models has in the small ones."""
+    return special - FIRST_SPECIAL + FIRST_SMALL
+
+
 def write_tiny(name, directory):
     """The directory of a random model with the real one's architecture, tokenizer and chat."""
     real = CONFIGS[name]
     described = directory.with_name(f"{directory.name} described")
     described.mkdir(parents=True)
     tokenizer = _tokenizer(real)
-    first = tokenizer.token_to_id("<|endoftext|>")
     widths = ("hidden_size", "intermediate_size", "head_dim", "vocab_size")
     tiny = real | {key: real[key] // SCALE for key in widths if key in real}
-    stops = {key: real[key] - FIRST_SPECIAL + first for key in ("bos_token_id", "eos_token_id")}
+    stops = {key: small_id(real[key]) for key in ("bos_token_id", "eos_token_id")}
     tiny |= {"num_hidden_layers": 2, **stops}
     eos = tokenizer.id_to_token(stops["eos_token_id"])
     told = {"bos_token": None, "eos_token": eos, "pad_token": "<|endoftext|>"}
@@ -152,8 +156,9 @@ def _tokenizer(real):
     tokenizer.pre_tokenizer = splits.Sequence([splits.Split(Regex(SPLIT), "isolated"), by_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     letters = splits.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=400, initial_alphabet=letters, show_progress=False)
+    trainer = BpeTrainer(vocab_size=FIRST_SMALL, initial_alphabet=letters, show_progress=False)
     tokenizer.train_from_iterator([SYSTEM, *map(str, ROWS["math500"].values())], trainer)
+    assert tokenizer.get_vocab_size() == FIRST_SMALL
     tokenizer.add_special_tokens([AddedToken(each, special=True) for each in SPECIAL.split()])
     plain = PLAIN + QWEN3_PLAIN * (real["model_type"] == "qwen3")
     tokenizer.add_tokens([AddedToken(each, normalized=False) for each in plain.split()])

@@ -11,10 +11,10 @@ import pathlib
 import sys
 
 import pytest
-from hub_models import local_source, with_models, write_config, write_tiny
+from hub_models import local_source, small_id, with_models, write_config, write_tiny
 from tiny_runs import vary
 
-from opdjax.config import Config, JudgeConfig, MeshConfig
+from opdjax.config import Config, JudgeConfig, MeshConfig, ModelConfig
 from opdjax.config.experiments import load_config, load_sweep
 from opdjax.config.topology import topology
 from opdjax.config.validation import Section
@@ -90,7 +90,7 @@ def recorded_reads():
         return object.__getattribute__(self, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner in (Section, JudgeConfig):
+        for owner in (Section, JudgeConfig, ModelConfig):
             patch.setattr(owner, "__getattribute__", get, raising=False)
         yield read
 
@@ -116,7 +116,11 @@ def tiny(config, directory, judge):
             "max_prompt_length": 256,
             "references": data.references and str(directory / "references.jsonl"),
         },
-        "sampling": {"max_completion_length": 8, "slots": 4},
+        "sampling": {
+            "max_completion_length": 8,
+            "slots": 4,
+            "stop_token_ids": tuple(map(small_id, config.sampling.stop_token_ids)),
+        },
         "train": {
             "num_steps": 2 if is_refresh else 1,
             "prompts_per_step": 4,
