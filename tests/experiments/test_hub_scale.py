@@ -117,13 +117,14 @@ def tiny(config, directory, judge):
             "references": data.references and str(directory / "references.jsonl"),
         },
         "sampling": {
+            "num_generations": min(config.sampling.num_generations, 4),
             "max_completion_length": 8,
             "slots": 4,
             "stop_token_ids": tuple(map(small_id, config.sampling.stop_token_ids)),
         },
         "train": {
             "num_steps": 2 if is_refresh else 1,
-            "prompts_per_step": 4,
+            "prompts_per_step": 2,
             "gradient_accumulation_steps": 2,
             "pack_length": train.pack_length and 288,
         },
