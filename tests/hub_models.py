@@ -194,6 +194,13 @@ ROWS = {
     },
     "math500": _PROBLEM | {"solution": "N", "subject": "Algebra", "level": 1, "unique_id": "N"},
     "aime24": _PROBLEM | {"id": 60, "solution": "N", "url": "u", "year": "2024"},
+    "gpqa_diamond": {
+        "Question": "Which number is N?",
+        "Correct Answer": "N",
+        "Incorrect Answer 1": "none",
+        "Incorrect Answer 2": "N00",
+        "Incorrect Answer 3": "0",
+    },
     "joined": {"prompt": "What is $N+N$?", "answer": "N", "benchmark": "BENCHMARK"},
 }
 # What the sweeps call files that their docstrings describe, with the benchmarks that these hold.

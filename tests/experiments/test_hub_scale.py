@@ -6,7 +6,6 @@ architecture, with every setting read.
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 import sys
 
@@ -18,7 +17,6 @@ from opdjax.config import Config, JudgeConfig, MeshConfig, ModelConfig
 from opdjax.config.experiments import load_config, load_sweep
 from opdjax.config.topology import topology
 from opdjax.config.validation import Section
-from opdjax.diagnose.plan.aot import compile_programs
 from opdjax.diagnose.plan.estimate import estimate
 from opdjax.diagnose.plan.table import fits, verdict
 from opdjax.diagnose.plan.workload import read_workload
@@ -175,21 +173,3 @@ def test_a_step_reads_every_setting(name, tmp_path, judge_server, shared_program
 
 def _split(config):
     return [name.split(".") for name in set_fields(config)]
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'"
-)
-@pytest.mark.parametrize("name", ["vopd_math", "npd_math", "ropd_math"])
-def test_its_programs_compile_for_a_slice(name, tmp_path):
-    """XLA compiles for a GPU only on a machine with one, so a slice of eight TPUs stands for the
-    hardware; one layer compiles as 28 do, because layers are scanned.
-    """
-    config = with_models(
-        load_config(str(EXPERIMENTS / f"{name}.py")),
-        lambda model: write_config(model, tmp_path / model),
-    )
-    config = vary(config, mesh={"fsdp": 8}, train={"gradient_accumulation_steps": 8})
-    plan = estimate(read_workload(config, topology("v6e-8")))
-    programs = compile_programs(plan.workload)
-    assert fits(plan, programs), verdict(plan, programs)
