@@ -69,16 +69,16 @@ class WorkdirError(ValueError):
     """The work directory belongs to another run, is in use, or has damaged files."""
 
 
-def lock_file(file: pathlib.Path, is_exclusive: bool = True) -> TextIO:
-    """Open a file and lock it until it is closed; BlockingIOError if another process has it locked.
-    A shared lock needs no permission to write.
+def lock_file(file: pathlib.Path, is_exclusive: bool = True) -> TextIO | None:
+    """Open a file and lock it until it is closed; None if another process has it locked. A shared
+    lock needs no permission to write.
     """
     opened = file.open("w" if is_exclusive else "r")
     try:
         fcntl.flock(opened, (fcntl.LOCK_EX if is_exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         opened.close()
-        raise
+        return None
     return opened
 
 
@@ -90,16 +90,16 @@ def locked(workdir: pathlib.Path, role: str = "") -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = lock_file(workdir / (f".lock-{role}" if role else ".lock"))
-    except BlockingIOError as error:
-        raise WorkdirError(
-            f"{workdir} is being written by another {role or 'run'}; wait for it or choose another "
-            "--workdir"
-        ) from error
     except OSError as error:
         raise WorkdirError(
             f"--workdir {workdir} cannot be written: {error.strerror}; expected a directory, or a "
             "path where one can be made"
         ) from error
+    if file is None:
+        raise WorkdirError(
+            f"{workdir} is being written by another {role or 'run'}; wait for it or choose another "
+            "--workdir"
+        )
     with file:
         yield
 
