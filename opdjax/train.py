@@ -112,9 +112,9 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
         today = _first_day(mirror.directory)
         setup = on_all(lambda: _prepared(config, today))
         run_facts = on_all(lambda: facts(setup))
+        enforce(check_settings(setup))
         is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, config, setup, run_facts))))
         if not is_finished:
-            enforce(check_settings(setup))
             _run(setup, mirror, resources, startup)
         return read_result(local_copy(f"{mirror.name}/result.json").parent)
 

@@ -56,6 +56,8 @@ def main() -> None:
     """
     # Only tokenizers of transformers are used here: its advice to install torch does not apply.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # The hub's library would first wait for a list that its telemetry reads, 3 s without a network.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     is_debugging = len(arguments) < len(sys.argv) - 1 or os.environ.get("OPDJAX_DEBUG") == "1"
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -5,7 +5,6 @@ name table.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 import hashlib
 import itertools
@@ -20,11 +19,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT
-from opdjax.config.validation import nearest
 from opdjax.models.decoder import DecoderConfig, Params, abstract_params
 from opdjax.models.families import Family, family_of
 from opdjax.models.partitioning import WEIGHT_AXES, shardings_of
+from opdjax.models.places import find
 from opdjax.models.stored_tensors import (
     STORED_DTYPES,
     CheckpointError,
@@ -33,7 +31,6 @@ from opdjax.models.stored_tensors import (
     open_weights,
 )
 from opdjax.runs.bounds import CONFIG_BYTES, MODEL_SIZE, parse_json, read_bytes
-from opdjax.runs.object_store import is_remote, local_copy
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -79,7 +76,7 @@ def open_checkpoint(
 
     Without weights, config.json is enough, and only the configs of a repository are downloaded.
     """
-    path = _resolve(str(path_or_id), revision, _FILES if with_weights else _CONFIGS)
+    path = find(str(path_or_id), revision, _FILES if with_weights else _CONFIGS)
     if _is_adapter(path):
         return _open_adapted(path, with_weights)
     raw = _read_json(path / "config.json")
@@ -133,7 +130,7 @@ def _open_adapted(path: pathlib.Path, with_weights: bool) -> Checkpoint:
             "another adapter into its base with PEFT"
         )
     try:
-        base_path = _resolve(*base, _FILES if with_weights else _CONFIGS)
+        base_path = find(*base, _FILES if with_weights else _CONFIGS)
         if _is_adapter(base_path):
             raise CheckpointError(f"{base_path} is an adapter as well; merge that one first")
         checkpoint = open_checkpoint(base_path, with_weights=with_weights)
@@ -271,35 +268,6 @@ def _place(
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _resolve(path_or_id: str, revision: str | None, wanted: tuple[str, ...]) -> pathlib.Path:
-    if path_or_id.startswith("@"):
-        return _built_in(path_or_id)
-    if path_or_id.lower().endswith(".gguf") and not is_remote(path_or_id):
-        from opdjax.models.gguf import directory_of
-
-        return directory_of(pathlib.Path(os.path.expanduser(path_or_id)))
-    if is_remote(path_or_id):
-        is_wanted = lambda name: any(fnmatch.fnmatch(name, pattern) for pattern in wanted)
-        return local_copy(path_or_id, is_wanted)
-    path = pathlib.Path(os.path.expanduser(path_or_id))
-    if path_or_id and path.is_dir():
-        return path
-    is_id = path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~"))
-    if not is_id:
-        raise CheckpointError(f"{path_or_id!r} is neither a directory nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        path = snapshot_download(path_or_id, revision=revision, allow_patterns=list(wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(
-            f"{path_or_id!r} is not a local directory, and downloading it from the hub failed: "
-            f"{error}"
-        ) from error
-    return pathlib.Path(path)
-
-
 def _student_of_run(workdir: pathlib.Path) -> pathlib.Path:
     """The student that a finished run has exported; CheckpointError if it is not there."""
     result = workdir / "result.json"
@@ -311,21 +279,6 @@ def _student_of_run(workdir: pathlib.Path) -> pathlib.Path:
             f"the run, or write a checkpoint's student with opdjax export {workdir} OUT"
         )
     return student
-
-
-def _built_in(name: str) -> pathlib.Path:
-    built_in = {MINI_TEACHER: MINI_PAIR / "teacher", MINI_STUDENT: MINI_PAIR / "student"}
-    if name == STUDENT:
-        raise CheckpointError(
-            f"{name!r} is a teacher's name for the student of its run; expected a model: a "
-            f"directory, a hub id or {MINI_STUDENT}"
-        )
-    if name not in built_in:
-        raise CheckpointError(
-            f"{name!r} is not a built-in model; {nearest(name, built_in)} (write ./{name} for a "
-            "directory of that name)"
-        )
-    return built_in[name]
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

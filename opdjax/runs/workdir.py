@@ -74,22 +74,25 @@ def lock_file(file: pathlib.Path, is_exclusive: bool = True) -> TextIO | None:
     lock needs no permission to write.
     """
     opened = file.open("w" if is_exclusive else "r")
-    try:
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(opened, (fcntl.LOCK_EX if is_exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        opened.close()
-        return None
-    return opened
+        # A lock that its last holder removed meanwhile excludes nobody.
+        if os.path.samestat(os.fstat(opened.fileno()), file.stat()):
+            return opened
+    opened.close()
+    return None
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path, role: str = "") -> Iterator[None]:
     """Lock the directory for this process; WorkdirError if another process with this role (default:
-    a run) holds it, or it cannot be written.
+    a run) holds it, or it cannot be written. Where nothing is written, no new directory is left.
     """
+    made = [place for place in (workdir, *workdir.parents) if not place.exists()]
+    lock = workdir / (f".lock-{role}" if role else ".lock")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = lock_file(workdir / (f".lock-{role}" if role else ".lock"))
+        file = lock_file(lock)
     except OSError as error:
         raise WorkdirError(
             f"--workdir {workdir} cannot be written: {error.strerror}; expected a directory, or a "
@@ -101,7 +104,13 @@ def locked(workdir: pathlib.Path, role: str = "") -> Iterator[None]:
             "--workdir"
         )
     with file:
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # the directory is in use, or somebody removed it
+                lock.unlink()
+                for place in made:
+                    place.rmdir()
 
 
 def claim(

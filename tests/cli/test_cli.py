@@ -121,6 +121,28 @@ def test_help_loads_nothing_heavy(arguments, experiment):
     assert last == f"status {2 if arguments == ['sampel'] else 0} loaded []"
 
 
+ABSENT = """
+import sys
+from opdjax.cli.main import main
+for arguments in map(str.split, sys.argv[1:]):
+    sys.argv = ["opdjax", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        print(arguments[0], end.code, "jax" in sys.modules)
+"""
+
+
+def test_a_path_with_nothing_there_is_refused_before_jax_is_imported(experiment, tmp_path):
+    run = f"{experiment()} --student.path ./no"
+    lines = [f"train {run} --workdir {tmp_path / 'run'}", f"doctor {run}", f"export {tmp_path} out"]
+    lines += [f"{command} ./no" for command in ("check", "evaluate", "sample", "make-student")]
+    lines[-1] += " out"
+    found = run_python(ABSENT, *lines).splitlines()
+    assert found == [f"{line.partition(' ')[0]} 2 False" for line in lines]
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_console_script_is_installed():
     script = pathlib.Path(sys.executable).with_name("opdjax")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)

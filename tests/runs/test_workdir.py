@@ -32,6 +32,7 @@ from opdjax.runs.workdir import (
     cut_lines,
     environment,
     first_day,
+    lock_file,
     locked,
     read_config,
     read_lines,
@@ -95,6 +96,29 @@ def test_the_lock_is_released_when_the_run_fails(tmp_path):
         run()
     with locked(tmp_path):
         pass
+
+
+def test_nothing_is_left_where_nothing_was_written(tmp_path):
+    workdir = tmp_path / "runs" / "a"
+    with pytest.raises(KeyError), locked(workdir), locked(workdir, "generator"):
+        raise KeyError("the settings")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "runs").mkdir()
+    with locked(workdir):
+        pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
+    with locked(workdir):
+        (workdir / "config.json").touch()
+    assert list(workdir.iterdir()) == [workdir / "config.json"]
+
+
+def test_a_lock_that_its_holder_removes_is_held_by_nobody(tmp_path, monkeypatch):
+    file = tmp_path / ".lock"
+    with monkeypatch.context() as late:
+        late.setattr("fcntl.flock", lambda opened, how: file.unlink())
+        assert lock_file(file) is None
+    with lock_file(file):
+        assert lock_file(file) is None
 
 
 # The config of a run
