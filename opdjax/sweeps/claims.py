@@ -44,7 +44,7 @@ class FileLock:
     """
 
     environment: Mapping[str, str] = MappingProxyType({})
-    is_lost = False
+    is_lost, child = False, None
 
     def __init__(self, file: TextIO):
         self.descriptors, self.release = (file.fileno(),), file.close
@@ -63,9 +63,7 @@ class SweepDirectory:
 
     def __init__(self, path: pathlib.Path, folder: Folder | None = None):
         self.path = path  # local files of the points: `path / ID`
-        self.name = (
-            folder.url if folder else str(path)
-        )  # path or URL: `name/ID` is a work directory
+        self.name = folder.url if folder else str(path)  # of the work directories: `name/ID`
         self.interval = lease_seconds() / 6 if folder else 0.0  # seconds between looks at points
         self._folder, self._watches = folder, collections.defaultdict(ExpiryWatch)
 
