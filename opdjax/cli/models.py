@@ -85,6 +85,8 @@ def _print_suites(
         dtype: Dtype of the forward pass; auto is float32 on a CPU, else bfloat16.
         slots: Rows decoded at a time, fewer for long answers, which need memory; None is 512.
     """
+    for model in models:
+        require_model(model)
     from opdjax.rollouts.suites import file_name, records_of, scores_of_records
     from opdjax.runs.statistics import benchmark_lines
     from opdjax.runs.workdir import write_json

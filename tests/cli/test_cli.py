@@ -138,6 +138,7 @@ def test_a_path_with_nothing_there_is_refused_before_jax_is_imported(experiment,
     lines = [f"train {run} --workdir {tmp_path / 'run'}", f"doctor {run}", f"export {tmp_path} out"]
     lines += [f"{command} ./no" for command in ("check", "evaluate", "sample", "make-student")]
     lines[-1] += " out"
+    lines.append(f"suites ./no --output {tmp_path / 'run'}")
     found = run_python(ABSENT, *lines).splitlines()
     assert found == [f"{line.partition(' ')[0]} 2 False" for line in lines]
     assert not (tmp_path / "run").exists()
