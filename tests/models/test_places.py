@@ -44,7 +44,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(monkeypatch, tmp_path):
         address = f"http://127.0.0.1:{mute.getsockname()[1]}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         words = "'owner/name' is not a local directory, and downloading it from the hub failed: it "
-        with pytest.raises(CheckpointError, match=rf"{words}does not answer \(timed out\)"):
+        with pytest.raises(CheckpointError, match=rf"{words}does not answer \(.*timed out\)"):
             find("owner/name", None, ("*",))
         (cached / "refs").mkdir(parents=True)
         (cached / "refs" / "main").write_text("a" * 40)
