@@ -333,8 +333,14 @@ def _decode_token(
         state.recent.tokens, state.clock % state.recent.tokens.shape[1], 1, axis=1
     )
     ring = state.cache.num_columns - prompt_columns
+    # How far before the token a column's token stands, and whether it is of this row's text.
+    of_ring, last = (state.cursor - jnp.arange(ring)) % ring, state.num_sampled[:, None]
+    of_prompt = last - 1 + prompt_columns - jnp.arange(prompt_columns)
     is_prompt = jnp.arange(prompt_columns) >= prompt_columns - state.prompt_length[:, None]
-    is_own = (state.cursor - jnp.arange(ring)) % ring < state.num_sampled[:, None]
+    of_prompt, of_ring = (
+        jnp.where(is_own, distance, -1)
+        for is_own, distance in ((is_prompt, of_prompt), (of_ring < last, of_ring))
+    )
     hidden, cache = kv_cache.forward_cached(
         params,
         layer_params,
@@ -343,7 +349,7 @@ def _decode_token(
         (state.prompt_length + state.num_sampled - 1)[:, None],
         state.cache,
         prompt_columns + state.cursor,
-        jnp.concatenate([is_prompt, is_own], axis=1)[:, None],
+        jnp.concatenate([of_prompt, of_ring], axis=1)[:, None],
     )
     return state.replace(
         hidden=hidden[:, 0], cache=cache, clock=state.clock + 1, cursor=(state.cursor + 1) % ring

@@ -9,6 +9,7 @@ itself and to earlier columns of its own segment.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -16,7 +17,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from opdjax.models.attention import SPLASH_OUTPUT, Implementation, attend_within_segments
+from opdjax.models.attention import (
+    NO_WINDOW,
+    SPLASH_OUTPUT,
+    Implementation,
+    attend_within_segments,
+    of_layer,
+)
 from opdjax.models.partitioning import gathered, is_kept
 from opdjax.models.rope import Rope, inverse_frequencies
 from opdjax.ops.masked import starts_sequence
@@ -54,8 +61,17 @@ class DecoderConfig:
     has_qk_norm: bool
     has_qkv_bias: bool
     has_output_bias: bool
+    # Of each layer, where layers differ: the tokens that a token attends to, itself included, and
+    # the rotation. Empty: no windows, and `rope` in all layers.
+    layer_windows: tuple[int, ...] = ()
+    layer_ropes: tuple[Rope, ...] = ()
     lora_scale: float = 1.0  # alpha / rank; used only if the parameters hold adapters
     attention: Implementation = "xla"
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Of each layer."""
+        return self.layer_windows or (NO_WINDOW,) * self.num_layers
 
 
 def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
@@ -135,20 +151,23 @@ def forward(
     output of splash attention.
     """
     needs_mesh = mesh is None and config.attention == "splash"
-    attend = attend_within_segments(segment_ids, "xla" if needs_mesh else config.attention, mesh)
+    implementation = "xla" if needs_mesh else config.attention
+    attend = attend_within_segments(segment_ids, implementation, mesh, config.windows)
     rope = rope_angles(positions_of(segment_ids), config)
 
-    def layer(x, weights):
+    def layer(x, numbered):
+        number, weights = numbered
         weights = gathered(weights, mesh)
-        q, k, v = project_qkv(x, weights, rope, config)
-        return keep_rows(finish_layer(x, attend(q, k, v), weights, config), mesh), None
+        q, k, v = project_qkv(x, weights, rope(number), config)
+        attended = attend(q, k, v, number)
+        return keep_rows(finish_layer(x, attended, weights, config), mesh), None
 
     embedding = gathered({"embedding": params["embedding"]}, mesh)["embedding"]
     x = keep_rows(embedding[tokens], mesh)
     if remat != "none" or (mesh is not None and mesh.shape["fsdp"] > 1):
         # prevent_cse is not needed: the scan already keeps recomputation out of the forward pass.
         layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-    x, _ = jax.lax.scan(layer, x, params["layers"])
+    x, _ = jax.lax.scan(layer, x, (jnp.arange(config.num_layers), params["layers"]))
     return rms_norm(x, params["final_norm"], config.norm_epsilon)
 
 
@@ -161,14 +180,23 @@ def rms_norm(
     return normed.astype(x.dtype) * scale
 
 
-def rope_angles(positions: Int[Array, "B T"], config: DecoderConfig) -> tuple[Array, Array]:
-    """Cosines and sines `[B, T, 1, H/2]`, float32: bfloat16 cannot represent all integers above
-    256.
+def rope_angles(
+    positions: Int[Array, "B T"], config: DecoderConfig
+) -> Callable[[Any], Float[Array, "2 B T 1 H/2"]]:
+    """`angles(layer)`: cosines and sines, float32: bfloat16 cannot represent all integers above
+    256. `layer` may be traced.
     """
-    factor = config.rope.attention_factor
-    inverse = inverse_frequencies(config.rope, config.head_size)
-    angles = positions[:, :, None, None].astype(jnp.float32) * inverse
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    ropes = config.layer_ropes or (config.rope,)
+    kinds = tuple(dict.fromkeys(ropes))
+
+    def rotation(rope):
+        inverse = inverse_frequencies(rope, config.head_size)
+        angles = positions[:, :, None, None].astype(jnp.float32) * inverse
+        return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.attention_factor
+
+    # Once for each kind, outside the loop over layers.
+    tables, number = jnp.stack(list(map(rotation, kinds))), tuple(map(kinds.index, ropes))
+    return lambda layer: tables[of_layer(number, layer)]
 
 
 def _rotate(x: Float[Array, "B T N H"], rope) -> Float[Array, "B T N H"]:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from opdjax.models.attention import NO_WINDOW
 from opdjax.models.decoder import DecoderConfig
 from opdjax.models.rope import Rope, yarn_attention_factor
 from opdjax.runs.bounds import MODEL_LAYERS, MODEL_SIZE, BoundedError
@@ -20,6 +21,7 @@ class UnsupportedModelError(BoundedError):
     """The decoder does not implement the checkpoint's architecture or one of its options."""
 
 
+_KINDS = _, _WINDOWED = "full_attention", "sliding_attention"  # of layers
 _LARGEST = 1e12  # of a config's numbers with a point: beyond it float32 loses what they describe
 
 
@@ -157,18 +159,31 @@ def _read_written_rope(raw: dict[str, Any], name: str, default_theta: float | No
     return Rope(theta, kind, **_ROPE_READERS[kind](rope, config))
 
 
-def _refuse_sliding_window(config: _Fields, num_layers: int) -> None:
-    """Refuse layers with a sliding window, by `layer_types` or else by `use_sliding_window`."""
-    kinds = config.values.get("layer_types")
-    if kinds is not None:
-        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-            config.refuse("layer_types", "'full_attention' in every layer")
-        return
-    # 4096 and 28 are the defaults of the Qwen families; a null window is off.
-    has_window = config.boolean("use_sliding_window", False)
-    has_window = has_window and config.values.get("sliding_window", 4096) is not None
-    if has_window and config.integer("max_window_layers", 28, least=0) < num_layers:
-        config.refuse("use_sliding_window", "false (every layer attends to all tokens)")
+def _read_window(config: _Fields, default: int | None) -> int | None:
+    """Unlike other fields, a null window is not the default: it is none."""
+    has_window = config.values.get("sliding_window", default) is not None
+    return config.integer("sliding_window", default) if has_window else None
+
+
+def _layer_windows(
+    config: _Fields, window: int | None, has_window: Callable[[int], bool] = lambda layer: False
+) -> tuple[int, ...]:
+    """The window of each layer; `has_window` is the family's rule where `layer_types` is absent."""
+    num_layers, kinds = _read_num_layers(config), config.values.get("layer_types")
+    if kinds is None:
+        kinds = [_KINDS[has_window(layer)] for layer in range(num_layers)]
+    is_list = isinstance(kinds, list) and len(kinds) == num_layers
+    if not is_list or not all(kind in _KINDS for kind in kinds):
+        config.refuse("layer_types", f"one of {_KINDS} for each of the {num_layers} layers")
+    if _WINDOWED not in kinds:
+        return ()
+    if window is None:
+        config.refuse("layer_types", "'full_attention' in every layer (there is no window)")
+    return tuple(window if kind == _WINDOWED else NO_WINDOW for kind in kinds)
+
+
+def _read_num_layers(config: _Fields) -> int:
+    return config.integer("num_hidden_layers", most=MODEL_LAYERS)
 
 
 def _read_decoder(
@@ -176,15 +191,15 @@ def _read_decoder(
     *,
     head_size: int | None = None,
     rope_theta: float | None = None,
-    **switches: bool,
+    **options: Any,
 ) -> DecoderConfig:
-    """The fields that all families share; `head_size` and `rope_theta` are a family's defaults."""
+    """The fields that all families share; `head_size` and `rope_theta` are a family's defaults,
+    `options` are fields of DecoderConfig.
+    """
     config = _Fields(raw)
     config.expect("hidden_act", "silu", "the gate of the MLP")
     config.expect("quantization_config", None, "weights that are not quantized")
-    num_layers = config.integer("num_hidden_layers", most=MODEL_LAYERS)
     num_heads, width = map(config.integer, ("num_attention_heads", "hidden_size"))
-    _refuse_sliding_window(config, num_layers)
     num_kv_heads = config.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         config.refuse("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
@@ -201,7 +216,7 @@ def _read_decoder(
     return DecoderConfig(
         vocab_size=config.integer("vocab_size"),
         hidden_size=width,
-        num_layers=num_layers,
+        num_layers=_read_num_layers(config),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
@@ -209,20 +224,37 @@ def _read_decoder(
         rope=_read_rope(raw, rope_theta),
         norm_epsilon=config.number("rms_norm_eps", 1e-6),
         ties_embeddings=config.boolean("tie_word_embeddings", False),
-        **switches,
+        **options,
     )
 
 
 def _read_qwen3(raw: dict[str, Any]) -> DecoderConfig:
     has_bias = _Fields(raw).boolean("attention_bias", False)
     return _read_decoder(
-        raw, head_size=128, has_qk_norm=True, has_qkv_bias=has_bias, has_output_bias=has_bias
+        raw,
+        head_size=128,
+        has_qk_norm=True,
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+        layer_windows=_qwen_windows(_Fields(raw)),
     )
 
 
 def _read_qwen2(raw: dict[str, Any]) -> DecoderConfig:
     """Qwen2 and Qwen2.5, which always have biases."""
-    return _read_decoder(raw, has_qk_norm=False, has_qkv_bias=True, has_output_bias=False)
+    return _read_decoder(
+        raw,
+        has_qk_norm=False,
+        has_qkv_bias=True,
+        has_output_bias=False,
+        layer_windows=_qwen_windows(_Fields(raw)),
+    )
+
+
+def _qwen_windows(config: _Fields) -> tuple[int, ...]:
+    window = _read_window(config, 4096) if config.boolean("use_sliding_window", False) else None
+    first = config.integer("max_window_layers", 28, least=0)
+    return _layer_windows(config, window, lambda layer: window is not None and layer >= first)
 
 
 def _read_llama(raw: dict[str, Any]) -> DecoderConfig:
@@ -231,7 +263,12 @@ def _read_llama(raw: dict[str, Any]) -> DecoderConfig:
     config.expect("mlp_bias", False, "an MLP without biases")
     has_bias = config.boolean("attention_bias", False)
     return _read_decoder(
-        raw, rope_theta=10000.0, has_qk_norm=False, has_qkv_bias=has_bias, has_output_bias=has_bias
+        raw,
+        rope_theta=10000.0,
+        has_qk_norm=False,
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+        layer_windows=_layer_windows(config, None),
     )
 
 

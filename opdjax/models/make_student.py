@@ -63,7 +63,10 @@ def _with_layers(source: Checkpoint, kept: list[int]) -> Checkpoint:
     raw = source.raw_config | {"num_hidden_layers": len(kept)}
     if kinds := raw.get("layer_types"):
         raw["layer_types"] = [kinds[layer] for layer in kept]
-    config = dataclasses.replace(source.config, num_layers=len(kept))
+    per_layer = ("layer_windows", "layer_ropes")
+    values = {name: getattr(source.config, name) for name in per_layer}
+    values = {name: tuple(each[layer] for layer in kept) for name, each in values.items() if each}
+    config = dataclasses.replace(source.config, num_layers=len(kept), **values)
     return dataclasses.replace(source, raw_config=raw, config=config)
 
 

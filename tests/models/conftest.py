@@ -38,6 +38,10 @@ PAIRS = {
     "qwen2": ("Qwen2", {}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "head_dim": ...}),
     "llama": ("Llama", {"head_dim": ..., "rms_norm_eps": 1e-5}),
+    "qwen2-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
     "llama-bias-tied": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from opdjax.models import decoder, kv_cache
-from opdjax.models.attention import segment_mask
+from opdjax.models.attention import NO_WINDOW, segment_distance
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.models.rope import Rope
 from opdjax.ops.tile import head_logits
@@ -58,6 +58,9 @@ CONFIGS = {  # every option on and off, and every kind of frequencies
         ),
     ),
 }
+CONFIGS["windows"] = dataclasses.replace(
+    SMALL, layer_windows=(3, NO_WINDOW), layer_ropes=(Rope(1e4), Rope(100.0))
+)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 forward = jax.jit(decoder.forward, static_argnums=1)
 
@@ -68,12 +71,12 @@ def read_on(params, config, tokens, segments, positions, cache, seen, start):
     all columns so far.
     """
     seen = jax.lax.dynamic_update_slice(seen, segments, (0, start))
-    is_visible = segment_mask(
+    distance = segment_distance(
         start + jnp.arange(tokens.shape[1]), segments, jnp.arange(seen.shape[1]), seen
     )
     layer_params = kv_cache.split_layers(params["layers"], config)
     hidden, cache = kv_cache.forward_cached(
-        params, layer_params, config, tokens, positions, cache, start, is_visible
+        params, layer_params, config, tokens, positions, cache, start, distance
     )
     return hidden, cache, seen
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from opdjax.models.attention import NO_WINDOW
 from opdjax.models.families import UnsupportedModelError
 from opdjax.models.hf import CheckpointError, open_checkpoint
 from opdjax.models.rope import Rope
@@ -151,7 +152,19 @@ def test_options_without_effect_are_ignored(read, family, fields):
     assert read(family, **fields) == read(family)
 
 
-WINDOW = r"use_sliding_window True; expected false \(every layer attends"
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"sliding_window": 8, "max_window_layers": 1}, (NO_WINDOW, 8)),
+        ({"max_window_layers": 0}, (4096, 4096)),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, (4096, NO_WINDOW)),
+    ],
+)
+def test_windows_are_read(read, fields, windows):
+    for family in ("Qwen2", "Qwen3"):
+        assert read(family, use_sliding_window=True, **fields).layer_windows == windows
+
+
 KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
 
 
@@ -167,16 +180,11 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         ("Qwen3", {"architectures": ...}, "names the architecture nothing"),
         (
             "Qwen2",
-            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-            WINDOW,
-        ),
-        ("Qwen3", {"use_sliding_window": True, "max_window_layers": 0}, WINDOW),
-        (
-            "Qwen2",
             {"layer_types": ["full_attention", "sliding_attention"]},
-            r"layer_types \['full.*\]; expected 'full_attention' in every",
+            r"layer_types \['full.*\]; expected 'full_attention' in every layer \(there is no win",
         ),
-        ("Qwen2", {"layer_types": 3}, "layer_types 3; expected 'full_attention' in every layer"),
+        ("Qwen2", {"layer_types": 3}, "layer_types 3; expected one of .* each of the 2 layers"),
+        ("Qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types .* expected one of"),
         ("Qwen3", {"hidden_act": "gelu"}, "hidden_act 'gelu'; expected \"silu\""),
         ("Llama", {"mlp_bias": True}, r"mlp_bias True; expected false \(an MLP without biases"),
         ("Llama", {"attention_bias": "yes"}, "attention_bias 'yes'; expected true or false"),
