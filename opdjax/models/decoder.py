@@ -58,9 +58,9 @@ class DecoderConfig:
     rope: Rope
     norm_epsilon: float
     ties_embeddings: bool
-    has_qk_norm: bool
-    has_qkv_bias: bool
-    has_output_bias: bool
+    has_qk_norm: bool = False
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
     # Of each layer, where layers differ: the tokens that a token attends to, itself included, and
     # the rotation. Empty: no windows, and `rope` in all layers.
     layer_windows: tuple[int, ...] = ()

@@ -242,13 +242,7 @@ def _read_qwen3(raw: dict[str, Any]) -> DecoderConfig:
 
 def _read_qwen2(raw: dict[str, Any]) -> DecoderConfig:
     """Qwen2 and Qwen2.5, which always have biases."""
-    return _read_decoder(
-        raw,
-        has_qk_norm=False,
-        has_qkv_bias=True,
-        has_output_bias=False,
-        layer_windows=_qwen_windows(_Fields(raw)),
-    )
+    return _read_decoder(raw, has_qkv_bias=True, layer_windows=_qwen_windows(_Fields(raw)))
 
 
 def _qwen_windows(config: _Fields) -> tuple[int, ...]:
@@ -265,11 +259,21 @@ def _read_llama(raw: dict[str, Any]) -> DecoderConfig:
     return _read_decoder(
         raw,
         rope_theta=10000.0,
-        has_qk_norm=False,
         has_qkv_bias=has_bias,
         has_output_bias=has_bias,
         layer_windows=_layer_windows(config, None),
     )
+
+
+def _read_mistral(raw: dict[str, Any]) -> DecoderConfig:
+    return _read_decoder(raw, layer_windows=_one_window(_Fields(raw), 4096))
+
+
+def _one_window(config: _Fields, default: int | None) -> tuple[int, ...]:
+    """The same in all layers."""
+    config.expect("layer_types", None, "layers of one kind")
+    window = _read_window(config, default)
+    return (window,) * _read_num_layers(config) if window else ()
 
 
 _LAYER_NAMES = {
@@ -297,6 +301,7 @@ _GLOBAL_NAMES = {
 
 FAMILIES = {
     "LlamaForCausalLM": Family(_read_llama, _LAYER_NAMES, _GLOBAL_NAMES),
+    "MistralForCausalLM": Family(_read_mistral, _LAYER_NAMES, _GLOBAL_NAMES),
     "Qwen2ForCausalLM": Family(_read_qwen2, _LAYER_NAMES, _GLOBAL_NAMES),
     "Qwen3ForCausalLM": Family(_read_qwen3, _LAYER_NAMES, _GLOBAL_NAMES),
 }

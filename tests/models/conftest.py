@@ -42,6 +42,8 @@ PAIRS = {
         "Qwen2",
         {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "mistral-full": ("Mistral", {"sliding_window": None, "tie_word_embeddings": True}),
     "llama-bias-tied": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
@@ -131,7 +133,12 @@ def pairs(build, save):
     return pairs
 
 
-@pytest.fixture(params=PAIRS)
+LONG = ("mistral-full",)
+
+
+@pytest.fixture(
+    params=[pytest.param(n, marks=[pytest.mark.long] if n in LONG else []) for n in PAIRS]
+)
 def pair(request, pairs):
     """One of the pairs."""
     return pairs[request.param]

@@ -160,9 +160,14 @@ def test_options_without_effect_are_ignored(read, family, fields):
         ({"layer_types": ["sliding_attention", "full_attention"]}, (4096, NO_WINDOW)),
     ],
 )
-def test_windows_are_read(read, fields, windows):
+def test_windows_of_qwen_are_read(read, fields, windows):
     for family in ("Qwen2", "Qwen3"):
         assert read(family, use_sliding_window=True, **fields).layer_windows == windows
+
+
+def test_a_null_window_is_no_window(read):
+    assert read("Mistral").layer_windows == (4096, 4096)
+    assert read("Mistral", sliding_window=None) == read("Llama")
 
 
 KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
@@ -174,8 +179,7 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         (
             "Mamba",
             {},
-            r"MambaForCausalLM.*expected one of \['LlamaForCausalLM', 'Qwen2ForCausalLM', "
-            r"'Qwen3ForCausalLM'\]",
+            r"MambaForCausalLM.*expected one of \['LlamaForCausalLM', .*'Qwen3ForCausalLM'",
         ),
         ("Qwen3", {"architectures": ...}, "names the architecture nothing"),
         (
@@ -184,6 +188,7 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
             r"layer_types \['full.*\]; expected 'full_attention' in every layer \(there is no win",
         ),
         ("Qwen2", {"layer_types": 3}, "layer_types 3; expected one of .* each of the 2 layers"),
+        ("Mistral", {"layer_types": ["full_attention"] * 2}, "layer_types .* expected null"),
         ("Qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types .* expected one of"),
         ("Qwen3", {"hidden_act": "gelu"}, "hidden_act 'gelu'; expected \"silu\""),
         ("Llama", {"mlp_bias": True}, r"mlp_bias True; expected false \(an MLP without biases"),
