@@ -9,7 +9,6 @@ itself and to earlier columns of its own segment.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -22,10 +21,9 @@ from opdjax.models.attention import (
     SPLASH_OUTPUT,
     Implementation,
     attend_within_segments,
-    of_layer,
 )
 from opdjax.models.partitioning import gathered, is_kept
-from opdjax.models.rope import Rope, inverse_frequencies
+from opdjax.models.rope import Rope, rotate, rotations
 from opdjax.ops.masked import starts_sequence
 from opdjax.ops.sharding import keep_rows
 from opdjax.ops.tile import Head
@@ -34,6 +32,7 @@ Params = dict[str, Any]
 # Fields of DecoderConfig that a run sets: no checkpoint stores them.
 RUN_FIELDS = ("lora_scale", "attention")
 Remat = Literal["none", "dots", "layer"]
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 _REMAT_POLICIES = {
     "none": is_kept,
     "layer": jax.checkpoint_policies.nothing_saveable,
@@ -61,6 +60,13 @@ class DecoderConfig:
     has_qk_norm: bool = False
     has_qkv_bias: bool = False
     has_output_bias: bool = False
+    has_pre_norms: bool = True  # of the inputs of attention and MLP
+    has_post_norms: bool = False  # of their outputs
+    norms_all_heads: bool = False  # the norms of queries and keys are over all heads at once
+    norm_offset: float = 0.0  # what norms add to their weights
+    embedding_scale: float = 1.0
+    query_scale: float = 1.0  # besides the usual 1/sqrt(head_size)
+    activation: Literal["silu", "gelu"] = "silu"  # gelu: its approximation by tanh
     # Of each layer, where layers differ: the tokens that a token attends to, itself included, and
     # the rotation. Empty: no windows, and `rope` in all layers.
     layer_windows: tuple[int, ...] = ()
@@ -73,19 +79,28 @@ class DecoderConfig:
         """Of each layer."""
         return self.layer_windows or (NO_WINDOW,) * self.num_layers
 
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """Of each layer."""
+        return self.layer_ropes or (self.rope,) * self.num_layers
+
 
 def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     """The tree of parameters that `forward` takes, as shapes and types without values."""
     d, f, h = config.hidden_size, config.intermediate_size, config.head_size
     q, kv = config.num_heads * h, config.num_kv_heads * h
     layer = {
-        **dict.fromkeys(("attention_norm", "mlp_norm"), (d,)),
         **dict.fromkeys(("k_kernel", "v_kernel"), (kv, d)),
         **dict.fromkeys(("gate_kernel", "up_kernel"), (f, d)),
         **{"q_kernel": (q, d), "o_kernel": (d, q), "down_kernel": (d, f)},
     }
+    if config.has_pre_norms:
+        layer |= {"attention_norm": (d,), "mlp_norm": (d,)}
+    if config.has_post_norms:
+        layer |= {"attention_post_norm": (d,), "mlp_post_norm": (d,)}
     if config.has_qk_norm:
-        layer |= {"q_norm": (h,), "k_norm": (h,)}
+        is_whole = config.norms_all_heads
+        layer |= {"q_norm": (q if is_whole else h,), "k_norm": (kv if is_whole else h,)}
     if config.has_qkv_bias:
         layer |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
     if config.has_output_bias:
@@ -104,13 +119,15 @@ def num_parameters(config: DecoderConfig) -> int:
 
 
 def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Random parameters: norms 1, biases 0, embeddings N(0, 0.02²), kernels N(0, 1/in)."""
+    """Random parameters: norms 1 with their offset, biases 0, embeddings N(0, 0.02²), kernels
+    N(0, 1/in).
+    """
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
 
     def init(path, leaf, key):
         name = path[-1].key
         if name.endswith("norm"):
-            return jnp.ones(leaf.shape, dtype)
+            return jnp.full(leaf.shape, 1 - config.norm_offset, dtype)
         if name.endswith("bias"):
             return jnp.zeros(leaf.shape, dtype)
         scale = 0.02 if name in ("embedding", "head") else leaf.shape[-1] ** -0.5
@@ -153,7 +170,7 @@ def forward(
     needs_mesh = mesh is None and config.attention == "splash"
     implementation = "xla" if needs_mesh else config.attention
     attend = attend_within_segments(segment_ids, implementation, mesh, config.windows)
-    rope = rope_angles(positions_of(segment_ids), config)
+    rope = rotations(positions_of(segment_ids), config.ropes, config.head_size)
 
     def layer(x, numbered):
         number, weights = numbered
@@ -163,47 +180,32 @@ def forward(
         return keep_rows(finish_layer(x, attended, weights, config), mesh), None
 
     embedding = gathered({"embedding": params["embedding"]}, mesh)["embedding"]
-    x = keep_rows(embedding[tokens], mesh)
+    x = keep_rows(embed(embedding, tokens, config), mesh)
     if remat != "none" or (mesh is not None and mesh.shape["fsdp"] > 1):
         # prevent_cse is not needed: the scan already keeps recomputation out of the forward pass.
         layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
     x, _ = jax.lax.scan(layer, x, (jnp.arange(config.num_layers), params["layers"]))
-    return rms_norm(x, params["final_norm"], config.norm_epsilon)
+    return rms_norm(x, params, "final_norm", config)
+
+
+def embed(embedding: Float[Array, "V D"], tokens, config: DecoderConfig) -> Float[Array, "B T D"]:
+    """The inputs of the first layer."""
+    x = embedding[tokens]
+    return x if config.embedding_scale == 1 else x * jnp.asarray(config.embedding_scale, x.dtype)
 
 
 def rms_norm(
-    x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float
+    x: Float[Array, "... D"], weights: Params, name: str, config: DecoderConfig
 ) -> Float[Array, "... D"]:
-    """RMS norm, computed in at least float32."""
+    """RMS norm, computed in at least float32; `x` itself if there are no weights of this name."""
+    if (scale := weights.get(name)) is None:
+        return x
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(variance + config.norm_epsilon)
+    if config.norm_offset:  # which a narrow dtype would round
+        return (normed * (config.norm_offset + scale.astype(wide.dtype))).astype(x.dtype)
     return normed.astype(x.dtype) * scale
-
-
-def rope_angles(
-    positions: Int[Array, "B T"], config: DecoderConfig
-) -> Callable[[Any], Float[Array, "2 B T 1 H/2"]]:
-    """`angles(layer)`: cosines and sines, float32: bfloat16 cannot represent all integers above
-    256. `layer` may be traced.
-    """
-    ropes = config.layer_ropes or (config.rope,)
-    kinds = tuple(dict.fromkeys(ropes))
-
-    def rotation(rope):
-        inverse = inverse_frequencies(rope, config.head_size)
-        angles = positions[:, :, None, None].astype(jnp.float32) * inverse
-        return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.attention_factor
-
-    # Once for each kind, outside the loop over layers.
-    tables, number = jnp.stack(list(map(rotation, kinds))), tuple(map(kinds.index, ropes))
-    return lambda layer: tables[of_layer(number, layer)]
-
-
-def _rotate(x: Float[Array, "B T N H"], rope) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (h, h + H/2), as Hugging Face checkpoints do."""
-    cos, sin = (part.astype(x.dtype) for part in rope)
-    low, high = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
 def _linear(
@@ -221,20 +223,24 @@ def project_qkv(x, weights, rope, config: DecoderConfig) -> tuple[Array, Array, 
     """Queries `[B, T, N, H]` and keys `[B, T, K, H]` of one layer, both rotated, and values
     `[B, T, K, H]`.
     """
-    x = rms_norm(x, weights["attention_norm"], config.norm_epsilon)
-    q, k, v = (
-        _linear(x, weights, name, config).reshape(*x.shape[:2], -1, config.head_size)
-        for name in ("q", "k", "v")
-    )
-    if config.has_qk_norm:
-        q = rms_norm(q, weights["q_norm"], config.norm_epsilon)
-        k = rms_norm(k, weights["k_norm"], config.norm_epsilon)
-    return _rotate(q, rope), _rotate(k, rope), v
+    x = rms_norm(x, weights, "attention_norm", config)
+    by_head = lambda y: y.reshape(*x.shape[:2], -1, config.head_size)
+
+    def project(name):
+        y = _linear(x, weights, name, config)
+        norm = lambda y: rms_norm(y, weights, f"{name}_norm", config)
+        return by_head(norm(y)) if config.norms_all_heads else norm(by_head(y))
+
+    q, k, v = map(project, ("q", "k", "v"))
+    q = q if config.query_scale == 1 else q * jnp.asarray(config.query_scale, q.dtype)
+    return rotate(q, rope), rotate(k, rope), v
 
 
 def finish_layer(x, attended, weights, config: DecoderConfig) -> Float[Array, "B T D"]:
     """Output projection and the gated MLP, each added to the residual stream."""
-    x = x + _linear(attended, weights, "o", config)
-    y = rms_norm(x, weights["mlp_norm"], config.norm_epsilon)
+    y = _linear(attended, weights, "o", config)
+    x = x + rms_norm(y, weights, "attention_post_norm", config)
+    y = rms_norm(x, weights, "mlp_norm", config)
     gate, up = (_linear(y, weights, name, config) for name in ("gate", "up"))
-    return x + _linear(jax.nn.silu(gate) * up, weights, "down", config)
+    y = _linear(_ACTIVATIONS[config.activation](gate) * up, weights, "down", config)
+    return x + rms_norm(y, weights, "mlp_post_norm", config)

@@ -13,7 +13,7 @@ from typing import Any
 
 from opdjax.models.attention import NO_WINDOW
 from opdjax.models.decoder import DecoderConfig
-from opdjax.models.rope import Rope, yarn_attention_factor
+from opdjax.models.rope import UNROTATED, Rope, yarn_attention_factor
 from opdjax.runs.bounds import MODEL_LAYERS, MODEL_SIZE, BoundedError
 
 
@@ -191,13 +191,16 @@ def _read_decoder(
     *,
     head_size: int | None = None,
     rope_theta: float | None = None,
+    norm_epsilon: float = 1e-6,
+    ties_embeddings: bool = False,
     **options: Any,
 ) -> DecoderConfig:
-    """The fields that all families share; `head_size` and `rope_theta` are a family's defaults,
-    `options` are fields of DecoderConfig.
+    """The fields that all families share; the arguments are a family's defaults, and in `options`
+    its fields of DecoderConfig.
     """
     config = _Fields(raw)
-    config.expect("hidden_act", "silu", "the gate of the MLP")
+    if "activation" not in options:
+        config.expect("hidden_act", "silu", "the gate of the MLP")
     config.expect("quantization_config", None, "weights that are not quantized")
     num_heads, width = map(config.integer, ("num_attention_heads", "hidden_size"))
     num_kv_heads = config.integer("num_key_value_heads", num_heads)
@@ -221,10 +224,9 @@ def _read_decoder(
         num_kv_heads=num_kv_heads,
         head_size=head_size,
         intermediate_size=config.integer("intermediate_size"),
-        rope=_read_rope(raw, rope_theta),
-        norm_epsilon=config.number("rms_norm_eps", 1e-6),
-        ties_embeddings=config.boolean("tie_word_embeddings", False),
-        **options,
+        norm_epsilon=config.number("rms_norm_eps", norm_epsilon),
+        ties_embeddings=config.boolean("tie_word_embeddings", ties_embeddings),
+        **{"rope": options.get("rope") or _read_rope(raw, rope_theta), **options},
     )
 
 
@@ -269,6 +271,104 @@ def _read_mistral(raw: dict[str, Any]) -> DecoderConfig:
     return _read_decoder(raw, layer_windows=_one_window(_Fields(raw), 4096))
 
 
+def _read_olmo2(raw: dict[str, Any], **options: Any) -> DecoderConfig:
+    has_bias = _Fields(raw).boolean("attention_bias", False)
+    return _read_decoder(
+        raw,
+        norm_epsilon=1e-5,
+        has_qk_norm=True,
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+        has_pre_norms=False,
+        has_post_norms=True,
+        norms_all_heads=True,
+        **options,
+    )
+
+
+def _read_olmo3(raw: dict[str, Any]) -> DecoderConfig:
+    """Every fourth layer attends to all tokens, and its rotation alone is stretched."""
+    config = _Fields(raw)
+    window, has_window = _read_window(config, 4096), lambda layer: (layer + 1) % 4 != 0
+    windows = _layer_windows(config, window, has_window)
+    return _read_olmo2(raw, layer_windows=windows, **_ropes_by_window(raw, windows, 5e5, 5e5))
+
+
+def _ropes_by_window(
+    raw: dict[str, Any], windows: tuple[int, ...], theta: float, local_theta: float
+) -> dict[str, Any]:
+    """The rotations of a config that names them by the kind of the layer; the arguments are the
+    base frequencies of layers without and with a window that it does not name.
+    """
+    config, nested = _Fields(raw), raw.get("rope_parameters") or {}
+    if not isinstance(nested, dict) or not nested.keys() <= set(_KINDS):
+        config.refuse("rope_parameters", f"an object for each of {_KINDS}")
+    if nested:
+        config.expect("rope_scaling", None, "rope_parameters alone")
+    own = {"rope_scaling": None, "rope_theta": local_theta}
+    full, local = (
+        _read_rope(fields | {"rope_parameters": nested.get(kind)}, theta)
+        for kind, fields in zip(_KINDS, (raw, raw | own))
+    )
+    ropes = tuple(full if window == NO_WINDOW else local for window in windows)
+    return {"rope": full, "layer_ropes": ropes if local != full else ()}
+
+
+def _read_smollm3(raw: dict[str, Any]) -> DecoderConfig:
+    """Layers without rotation: of each four the last, or as `no_rope_layers` says (1: rotated)."""
+    config, num_layers = _Fields(raw), _read_num_layers(_Fields(raw))
+    config.expect("mlp_bias", False, "an MLP without biases")
+    has_bias = config.boolean("attention_bias", False)
+    interval, rotates = config.integer("no_rope_layer_interval", 4), raw.get("no_rope_layers")
+    if rotates is None:
+        rotates = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    is_list = isinstance(rotates, list) and len(rotates) >= num_layers
+    if not is_list or not all(type(each) is int and each in (0, 1) for each in rotates):
+        config.refuse("no_rope_layers", f"0 or 1 for each of the {num_layers} layers")
+    window = _read_window(config, None) if config.boolean("use_sliding_window", False) else None
+    has_window = lambda layer: window is not None and not rotates[layer]
+    rope = _read_rope(raw, None)
+    ropes = tuple(rope if each else UNROTATED for each in rotates[:num_layers])
+    return _read_decoder(
+        raw,
+        ties_embeddings=True,
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+        layer_windows=_layer_windows(config, window, has_window),
+        layer_ropes=ropes if UNROTATED in ropes else (),
+    )
+
+
+def _read_gemma3(raw: dict[str, Any]) -> DecoderConfig:
+    """The text models: every sixth layer attends to all tokens, with a rotation of its own."""
+    config = _Fields(raw)
+    config.expect("hidden_activation", "gelu_pytorch_tanh", "the gate of the MLP")
+    config.expect("use_bidirectional_attention", False, "attention to earlier tokens")
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+        config.expect(name, None, "logits without a cap")
+    pattern = config.integer("sliding_window_pattern", 6)
+    has_window = lambda layer: (layer + 1) % pattern != 0
+    windows = _layer_windows(config, _read_window(config, 4096), has_window)
+    has_bias = config.boolean("attention_bias", False)
+    local_theta = config.number("rope_local_base_freq", 10000.0, least=1.001)
+    head_size = config.integer("head_dim", 256)
+    return _read_decoder(
+        raw,
+        head_size=head_size,
+        ties_embeddings=True,
+        has_qk_norm=True,
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+        has_post_norms=True,
+        norm_offset=1.0,
+        embedding_scale=config.integer("hidden_size") ** 0.5,
+        query_scale=(head_size / config.number("query_pre_attn_scalar", 256)) ** 0.5,
+        activation="gelu",
+        layer_windows=windows,
+        **_ropes_by_window(raw, windows, 1e6, local_theta),
+    )
+
+
 def _one_window(config: _Fields, default: int | None) -> tuple[int, ...]:
     """The same in all layers."""
     config.expect("layer_types", None, "layers of one kind")
@@ -293,6 +393,13 @@ _LAYER_NAMES = {
     "up_kernel": "model.layers.{i}.mlp.up_proj.weight",
     "down_kernel": "model.layers.{i}.mlp.down_proj.weight",
 }
+_POST_NORMS = {
+    "attention_post_norm": "model.layers.{i}.post_attention_layernorm.weight",
+    "mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
+}
+_PRE_AND_POST_NORMS = _POST_NORMS | {
+    "mlp_norm": "model.layers.{i}.pre_feedforward_layernorm.weight",
+}
 _GLOBAL_NAMES = {
     "embedding": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
@@ -300,10 +407,14 @@ _GLOBAL_NAMES = {
 }
 
 FAMILIES = {
+    "Gemma3ForCausalLM": Family(_read_gemma3, _LAYER_NAMES | _PRE_AND_POST_NORMS, _GLOBAL_NAMES),
     "LlamaForCausalLM": Family(_read_llama, _LAYER_NAMES, _GLOBAL_NAMES),
     "MistralForCausalLM": Family(_read_mistral, _LAYER_NAMES, _GLOBAL_NAMES),
+    "Olmo2ForCausalLM": Family(_read_olmo2, _LAYER_NAMES | _POST_NORMS, _GLOBAL_NAMES),
+    "Olmo3ForCausalLM": Family(_read_olmo3, _LAYER_NAMES | _POST_NORMS, _GLOBAL_NAMES),
     "Qwen2ForCausalLM": Family(_read_qwen2, _LAYER_NAMES, _GLOBAL_NAMES),
     "Qwen3ForCausalLM": Family(_read_qwen3, _LAYER_NAMES, _GLOBAL_NAMES),
+    "SmolLM3ForCausalLM": Family(_read_smollm3, _LAYER_NAMES, _GLOBAL_NAMES),
 }
 
 

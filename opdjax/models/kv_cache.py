@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from opdjax.models import decoder
 from opdjax.models.attention import is_attended, of_layer, segment_distance
 from opdjax.models.decoder import DecoderConfig, Params
+from opdjax.models.rope import rotations
 from opdjax.ops.sharding import ROW_AXES
 
 _MAX_UNSTACKED = 8  # layers; compile time grows with them, because each is compiled separately
@@ -112,7 +113,7 @@ def forward_cached(
     text a column's token stands before each token, for the columns written here too; negative if
     the token does not attend to it. Such columns may hold anything.
     """
-    rope = decoder.rope_angles(positions, config)
+    rope = rotations(positions, config.ropes, config.head_size)
 
     # Stacked arrays are part of the carry, which XLA updates in place; scanned inputs and outputs
     # would be copied.
@@ -124,7 +125,7 @@ def forward_cached(
         attended = _attend(q, _layer_of(keys, index), _layer_of(values, index), is_visible)
         return decoder.finish_layer(x, attended, weights, config), keys, values
 
-    x, written = params["embedding"][tokens], []
+    x, written = decoder.embed(params["embedding"], tokens, config), []
     for number, (weights, *stored) in enumerate(zip(layer_params, cache.keys, cache.values)):
         if is_unstacked(config):
             x, *stored = layer((x, *stored), jax.tree.map(jnp.transpose, weights), number)
@@ -136,7 +137,7 @@ def forward_cached(
                 (weights, numbers, numbers),
             )
         written.append(stored)
-    return decoder.rms_norm(x, params["final_norm"], config.norm_epsilon), KVCache(*zip(*written))
+    return decoder.rms_norm(x, params, "final_norm", config), KVCache(*zip(*written))
 
 
 def prefill(

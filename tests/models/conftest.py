@@ -44,6 +44,50 @@ PAIRS = {
     ),
     "mistral": ("Mistral", {"sliding_window": 5}),
     "mistral-full": ("Mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2", {"head_dim": ..., "num_key_value_heads": 3}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "head_dim": ...,
+            "sliding_window": 4,
+            "num_hidden_layers": 4,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 100.0,
+                    "factor": 4.0,
+                    "beta_fast": 4,
+                    "beta_slow": 0.5,
+                    "original_max_position_embeddings": 10,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "smollm3": ("SmolLM3", {"head_dim": ..., "no_rope_layers": [1, 0]}),
+    "smollm3-window": (
+        "SmolLM3",
+        {
+            "num_hidden_layers": 4,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "sliding_window": 4,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 7,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
     "llama-bias-tied": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
@@ -67,6 +111,7 @@ def build():
         config = getattr(transformers, f"{family}Config")(
             **{name: value for name, value in fields.items() if value is not ...}
         )
+        family = family.removesuffix("Text")
         model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
         generator = torch.Generator().manual_seed(0)
         for name, parameter in sorted(model.named_parameters()):
@@ -133,7 +178,7 @@ def pairs(build, save):
     return pairs
 
 
-LONG = ("mistral-full",)
+LONG = ("mistral-full", "smollm3-window")
 
 
 @pytest.fixture(

@@ -13,7 +13,7 @@ import pytest
 from opdjax.models import decoder, kv_cache
 from opdjax.models.attention import NO_WINDOW, segment_distance
 from opdjax.models.hf import load_params, open_checkpoint
-from opdjax.models.rope import Rope
+from opdjax.models.rope import UNROTATED, Rope
 from opdjax.ops.tile import head_logits
 
 SMALL = decoder.DecoderConfig(
@@ -58,8 +58,23 @@ CONFIGS = {  # every option on and off, and every kind of frequencies
         ),
     ),
 }
-CONFIGS["windows"] = dataclasses.replace(
-    SMALL, layer_windows=(3, NO_WINDOW), layer_ropes=(Rope(1e4), Rope(100.0))
+CONFIGS["gemma3"] = dataclasses.replace(
+    SMALL,
+    has_post_norms=True,
+    norm_offset=1.0,
+    embedding_scale=12**0.5,
+    query_scale=1.2,
+    activation="gelu",
+    layer_windows=(3, NO_WINDOW),
+    layer_ropes=(Rope(1e4), Rope(100.0)),
+)
+CONFIGS["olmo3"] = dataclasses.replace(
+    SMALL,
+    has_pre_norms=False,
+    has_post_norms=True,
+    norms_all_heads=True,
+    layer_windows=(NO_WINDOW, 2),
+    layer_ropes=(Rope(1e4), UNROTATED),
 )
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 forward = jax.jit(decoder.forward, static_argnums=1)

@@ -9,7 +9,7 @@ import pytest
 from opdjax.models.attention import NO_WINDOW
 from opdjax.models.families import UnsupportedModelError
 from opdjax.models.hf import CheckpointError, open_checkpoint
-from opdjax.models.rope import Rope
+from opdjax.models.rope import UNROTATED, Rope
 
 RAW = {
     "vocab_size": 131,
@@ -100,7 +100,7 @@ def test_attention_factor_is_read_as_a_number(read):
     assert read(**scaled("yarn", **YARN, attention_factor=2)).rope.attention_factor == 2
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "Olmo2", "SmolLM3"])
 def test_defaults_equal_transformers(read, family):
     import transformers
 
@@ -170,6 +170,31 @@ def test_a_null_window_is_no_window(read):
     assert read("Mistral", sliding_window=None) == read("Llama")
 
 
+@pytest.mark.parametrize("family", ["Olmo3", "Gemma3"])
+def test_rotations_by_the_kind_of_the_layer(read, family):
+    nested = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_theta": 1e3},
+    }
+    kinds = ["sliding_attention", "full_attention"]
+    fields = {"layer_types": kinds, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 4}
+    config = read(family, **fields, rope_parameters=nested)
+    assert config.layer_ropes == (Rope(1e3), Rope(1e6, "linear", 8.0))
+    assert config.layer_windows == (4096, NO_WINDOW)
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e3}
+    old |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    local = Rope(1e3 if family == "Gemma3" else 5e5)
+    assert read(family, **fields, **old).layer_ropes == (local, Rope(1e6, "linear", 8.0))
+
+
+def test_layers_without_a_window_by_the_familys_rule(read):
+    assert read("Olmo3", num_hidden_layers=5).layer_windows == (4096, 4096, 4096, NO_WINDOW, 4096)
+    config = read("Gemma3", num_hidden_layers=6, head_dim=4, rope_theta=1e6)
+    assert config.layer_windows == (4096,) * 5 + (NO_WINDOW,)
+    assert config.layer_ropes == (Rope(1e4),) * 5 + (Rope(1e6),)
+    assert read("SmolLM3", num_hidden_layers=4).layer_ropes == (Rope(1e4),) * 3 + (UNROTATED,)
+
+
 KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
 
 
@@ -179,7 +204,7 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         (
             "Mamba",
             {},
-            r"MambaForCausalLM.*expected one of \['LlamaForCausalLM', .*'Qwen3ForCausalLM'",
+            r"MambaForCausalLM.*expected one of \['Gemma3ForCausalLM', .*'Qwen3ForCausalLM'",
         ),
         ("Qwen3", {"architectures": ...}, "names the architecture nothing"),
         (
@@ -188,6 +213,16 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
             r"layer_types \['full.*\]; expected 'full_attention' in every layer \(there is no win",
         ),
         ("Qwen2", {"layer_types": 3}, "layer_types 3; expected one of .* each of the 2 layers"),
+        ("Gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0; expected null"),
+        ("Gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0; expected n"),
+        ("Gemma3", {"hidden_activation": "gelu"}, "hidden_activation 'gelu'; expected \"gelu_py"),
+        ("Gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention True; exp"),
+        (
+            "Olmo3",
+            {"rope_parameters": {"rope_type": "default"}},
+            "rope_parameters .* an object for each of",
+        ),
+        ("SmolLM3", {"no_rope_layers": [1]}, r"no_rope_layers \[1\]; expected 0 or 1 for each"),
         ("Mistral", {"layer_types": ["full_attention"] * 2}, "layer_types .* expected null"),
         ("Qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types .* expected one of"),
         ("Qwen3", {"hidden_act": "gelu"}, "hidden_act 'gelu'; expected \"silu\""),
