@@ -126,18 +126,20 @@ _IMPURE_ROPES = {
 }
 
 
-def _read_rope(raw: dict[str, Any], default_theta: float | None) -> Rope:
+def _read_rope(raw: dict[str, Any], default_theta: float | None, is_partial: bool = False) -> Rope:
     """transformers 5 writes `rope_parameters`, older versions `rope_scaling` and `rope_theta`."""
     written = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
     written = written or ["rope_parameters"]
-    ropes = [_read_written_rope(raw, name, default_theta) for name in written]
+    ropes = [_read_written_rope(raw, name, default_theta, is_partial) for name in written]
     if ropes[0] != ropes[-1]:
         same = f"the same as rope_parameters, {raw['rope_parameters']!r}"
         _Fields(raw).refuse("rope_scaling", f"{same}, or only one of the two")
     return ropes[0]
 
 
-def _read_written_rope(raw: dict[str, Any], name: str, default_theta: float | None) -> Rope:
+def _read_written_rope(
+    raw: dict[str, Any], name: str, default_theta: float | None, is_partial: bool
+) -> Rope:
     config, values = _Fields(raw), raw.get(name) or {}
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         config.refuse(name, "one flat object, the same for every layer")
@@ -147,8 +149,12 @@ def _read_written_rope(raw: dict[str, Any], name: str, default_theta: float | No
     if not isinstance(kind, str) or kind not in _ROPE_READERS:
         reason = f"; {_IMPURE_ROPES[kind]}" if str(kind) in _IMPURE_ROPES else ""
         rope.refuse(spelling, f"one of {sorted(_ROPE_READERS)}{reason}")
-    for fields in (config, rope):
-        fields.expect("partial_rotary_factor", 1, "all dimensions of a head are rotated")
+    rotated = 1.0
+    for fields in (config, rope):  # the inner factor wins
+        if is_partial:
+            rotated = fields.number("partial_rotary_factor", rotated)
+        else:
+            fields.expect("partial_rotary_factor", 1, "all dimensions of a head are rotated")
     owner = rope if rope.has("rope_theta") else config
     if not owner.has("rope_theta") and default_theta is None:  # a silent default would be wrong
         raise UnsupportedModelError(
@@ -156,7 +162,7 @@ def _read_written_rope(raw: dict[str, Any], name: str, default_theta: float | No
             "frequency"
         )
     theta = owner.number("rope_theta", default_theta, least=1.001)
-    return Rope(theta, kind, **_ROPE_READERS[kind](rope, config))
+    return Rope(theta, kind, rotated=rotated, **_ROPE_READERS[kind](rope, config))
 
 
 def _read_window(config: _Fields, default: int | None) -> int | None:
@@ -369,6 +375,16 @@ def _read_gemma3(raw: dict[str, Any]) -> DecoderConfig:
     )
 
 
+def _read_phi3(raw: dict[str, Any]) -> DecoderConfig:
+    """Phi-3 and Phi-4; of those with long contexts the frequencies (`longrope`) are refused."""
+    rope, config = _read_rope(raw, None, is_partial=True), _Fields(raw)
+    windows = _one_window(config, None)
+    decoder = _read_decoder(raw, norm_epsilon=1e-5, rope=rope, layer_windows=windows)
+    if not 2 <= (size := int(decoder.head_size * rope.rotated)) <= decoder.head_size or size % 2:
+        config.refuse("partial_rotary_factor", "an even number of rotated dimensions of a head")
+    return decoder
+
+
 def _one_window(config: _Fields, default: int | None) -> tuple[int, ...]:
     """The same in all layers."""
     config.expect("layer_types", None, "layers of one kind")
@@ -400,6 +416,13 @@ _POST_NORMS = {
 _PRE_AND_POST_NORMS = _POST_NORMS | {
     "mlp_norm": "model.layers.{i}.pre_feedforward_layernorm.weight",
 }
+# A name of several parameters is that of one tensor with the rows of all.
+_FUSED = {
+    **dict.fromkeys(
+        ("q_kernel", "k_kernel", "v_kernel"), "model.layers.{i}.self_attn.qkv_proj.weight"
+    ),
+    **dict.fromkeys(("gate_kernel", "up_kernel"), "model.layers.{i}.mlp.gate_up_proj.weight"),
+}
 _GLOBAL_NAMES = {
     "embedding": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
@@ -412,6 +435,7 @@ FAMILIES = {
     "MistralForCausalLM": Family(_read_mistral, _LAYER_NAMES, _GLOBAL_NAMES),
     "Olmo2ForCausalLM": Family(_read_olmo2, _LAYER_NAMES | _POST_NORMS, _GLOBAL_NAMES),
     "Olmo3ForCausalLM": Family(_read_olmo3, _LAYER_NAMES | _POST_NORMS, _GLOBAL_NAMES),
+    "Phi3ForCausalLM": Family(_read_phi3, _LAYER_NAMES | _FUSED, _GLOBAL_NAMES),
     "Qwen2ForCausalLM": Family(_read_qwen2, _LAYER_NAMES, _GLOBAL_NAMES),
     "Qwen3ForCausalLM": Family(_read_qwen3, _LAYER_NAMES, _GLOBAL_NAMES),
     "SmolLM3ForCausalLM": Family(_read_smollm3, _LAYER_NAMES, _GLOBAL_NAMES),

@@ -7,6 +7,7 @@ would use another function than the update. For the same reason there is no drop
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import get_args
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opdjax.config import LoraConfig, LoraTarget
+from opdjax.config.validation import require
 from opdjax.models.decoder import DecoderConfig, Params, abstract_params
 from opdjax.models.hf import Checkpoint, adapter_matrices
 
@@ -60,6 +62,20 @@ def stored_adapters(checkpoint: Checkpoint, lora: LoraConfig) -> Params:
         for letter, stacked in zip("ab", map(np.stack, zip(*kernels))):
             layers[f"{target}_lora_{letter}"] = stacked
     return {"layers": layers}
+
+
+def with_adapters(student: Checkpoint, lora: LoraConfig) -> Checkpoint:
+    """The checkpoint with the scale of a run's adapters. ConfigError for adapters of kernels that
+    share a tensor, which PEFT would adapt as one.
+    """
+    names, targets = student.family.layer_names, get_args(LoraTarget)
+    tensors = [names[f"{target}_kernel"] for target in targets]
+    fused = [target for target, name in zip(targets, tensors) if tensors.count(name) > 1]
+    is_met = not lora.rank or not set(fused) & set(lora.targets)
+    reason = f"others than {', '.join(fused)}, which share tensors in {student.path}"
+    require(is_met, "lora.targets", lora.targets, reason)
+    config = dataclasses.replace(student.config, lora_scale=lora.scale)
+    return dataclasses.replace(student, config=config)
 
 
 def combine(frozen: Params | None, trained: Params) -> Params:

@@ -88,6 +88,20 @@ PAIRS = {
             },
         },
     ),
+    "phi3": (
+        "Phi3",
+        {
+            "head_dim": ...,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "sliding_window": 5,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
     "llama-bias-tied": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 

@@ -187,6 +187,13 @@ def test_rotations_by_the_kind_of_the_layer(read, family):
     assert read(family, **fields, **old).layer_ropes == (local, Rope(1e6, "linear", 8.0))
 
 
+def test_a_part_of_a_head_rotates(read):
+    assert read("Phi3", partial_rotary_factor=0.5).rope == Rope(1e4, rotated=0.5)
+    assert read("Phi3").rope == Rope(1e4)
+    with pytest.raises(UnsupportedModelError, match="partial_rotary_factor 0.4; expected an even"):
+        read("Phi3", partial_rotary_factor=0.4)
+
+
 def test_layers_without_a_window_by_the_familys_rule(read):
     assert read("Olmo3", num_hidden_layers=5).layer_windows == (4096, 4096, 4096, NO_WINDOW, 4096)
     config = read("Gemma3", num_hidden_layers=6, head_dim=4, rope_theta=1e6)

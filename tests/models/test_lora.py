@@ -21,11 +21,19 @@ from tiny_models import (
 )
 
 from opdjax.config import EstimatorConfig, LoraConfig, ModelConfig, OptimizerConfig
+from opdjax.config.validation import ConfigError
 from opdjax.engine.update import UpdateSpec, init_state, loss_and_grad, make_optimizer, make_update
 from opdjax.models.decoder import abstract_params, forward
 from opdjax.models.hf import CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.models.hf_export import export, export_adapter
-from opdjax.models.lora import combine, continues, init_adapters, merged, without_adapters
+from opdjax.models.lora import (
+    combine,
+    continues,
+    init_adapters,
+    merged,
+    with_adapters,
+    without_adapters,
+)
 from opdjax.ops.sharding import make_mesh
 
 LORA = LoraConfig(rank=3, alpha=12.0, targets=("v", "q", "o", "down", "up"))
@@ -332,3 +340,11 @@ def test_a_tensor_that_is_no_adapter_is_named(pairs, tmp_path):
         CheckpointError, match=r"holds \['model.norm.weight'\]; expected the lora_A"
     ):
         load_params(open_checkpoint(directory), "float32")
+
+
+def test_adapters_of_kernels_that_share_a_tensor_are_refused(pairs):
+    student = pairs["phi3"].checkpoint
+    lora = LoraConfig(rank=2, targets=("o", "down"))
+    assert with_adapters(student, lora).config.lora_scale == lora.scale
+    with pytest.raises(ConfigError, match="targets .* others than q, k, v, gate, up, which share"):
+        with_adapters(student, LoraConfig(rank=2))
