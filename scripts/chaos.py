@@ -167,7 +167,7 @@ class Trial:
         differs = [name for name in expected if found.get(name) != expected[name]]
         if not differs:
             return "identical", ""
-        says = re.search(r"(left out|made again|lacks|damaged|skipped|were lost).*", said)
+        says = re.search(r"(left out|made again|lacks|damaged|skipped|are lost|were lost).*", said)
         stated = [says[0]] if says else []
         stated += [f"skipped steps: {count}" for count in found["steps"][1:] if count]
         judgements = read_lines(run.workdir / "rubrics.jsonl")

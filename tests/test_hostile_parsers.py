@@ -26,7 +26,7 @@ from opdjax.judge.reply_object import ReplyError, read_object
 from opdjax.judge.schema import parse_rubric, parse_scores, parse_verdicts
 from opdjax.models.families import UnsupportedModelError, family_of
 from opdjax.models.hf import CheckpointError, open_checkpoint
-from opdjax.models.hf import _open as open_weights
+from opdjax.models.stored_tensors import open_weights
 from opdjax.runs.bounds import JSON_DEPTH, REPLY_BYTES, BoundedError, parse_json
 
 CONFIG = json.loads((MINI_PAIR / "student" / "config.json").read_text())

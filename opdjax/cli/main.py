@@ -105,8 +105,8 @@ def compilation_cache() -> dict[str, str]:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether a user can fix an error: an OSError, a device without memory, or an error of the
-    package, known by its name.
+    """Whether a user can fix an error: an OSError, a device without memory, a process that lost its
+    peer, or an error of the package, known by its name.
     """
     own = [base.__name__ for base in type(error).__mro__ if base.__module__.startswith("opdjax.")]
     is_own = any(not name.startswith("_") and name not in _INTERNAL_ERRORS for name in own)

@@ -479,8 +479,7 @@ def require_rows_divide(config: Config, shards: int) -> None:
         raise ConfigError(
             f"{rows} rows a step (train.prompts_per_step x sampling.num_generations) do not divide "
             f"into {parts} micro-batches (train.gradient_accumulation_steps) on {shards} devices "
-            "(mesh.data x mesh.fsdp); change one of them "
-            f"(numbers of micro-batches that divide: {', '.join(fitting) or 'none'})"
+            f"(mesh.data x mesh.fsdp); micro-batches that divide: {', '.join(fitting) or 'none'}"
         )
     require_slots(config.sampling.slots, shards)
 

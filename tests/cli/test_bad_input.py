@@ -442,7 +442,7 @@ CONFIG = {
         "ConfigError",
         lambda p: p.train("--mesh.data", "3"),
         "2 rows a step",
-        "on 3 devices (mesh.data x mesh.fsdp); change one of them",
+        "on 3 devices (mesh.data x mesh.fsdp); micro-batches that divide: ",
     ),
     "more devices than there are": (
         "ConfigError",
