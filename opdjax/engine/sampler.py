@@ -247,7 +247,7 @@ def advance(
     def step(carry):
         steps, state = carry
         state = _sample_token(state, head, decoding, mesh, stop_table)
-        return steps + 1, _decode_token(state, params, layer_params, config, prompt_columns)
+        return steps + 1, _decode_token(state, params, layer_params, config, prompt_columns, mesh)
 
     state = _constrain(jax.lax.while_loop(keep_going, step, (0, _constrain(state, mesh)))[1], mesh)
     status = state.is_done, state.num_sampled
@@ -326,7 +326,12 @@ def _sample_token(
 
 
 def _decode_token(
-    state: SlotState, params: Params, layer_params, config: DecoderConfig, prompt_columns: int
+    state: SlotState,
+    params: Params,
+    layer_params,
+    config: DecoderConfig,
+    prompt_columns: int,
+    mesh: Mesh | None,
 ) -> SlotState:
     """Run the model on the tokens sampled last, which writes the next column of the ring."""
     token = jax.lax.dynamic_slice_in_dim(
@@ -350,6 +355,7 @@ def _decode_token(
         state.cache,
         prompt_columns + state.cursor,
         jnp.concatenate([of_prompt, of_ring], axis=1)[:, None],
+        mesh,
     )
     return state.replace(
         hidden=hidden[:, 0], cache=cache, clock=state.clock + 1, cursor=(state.cursor + 1) % ring

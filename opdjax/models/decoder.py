@@ -22,6 +22,7 @@ from opdjax.models.attention import (
     Implementation,
     attend_within_segments,
 )
+from opdjax.models.blocks import linear, mlp, rms_norm
 from opdjax.models.partitioning import gathered, is_kept
 from opdjax.models.rope import Rope, rotate, rotations
 from opdjax.ops.masked import starts_sequence
@@ -32,7 +33,6 @@ Params = dict[str, Any]
 # Fields of DecoderConfig that a run sets: no checkpoint stores them.
 RUN_FIELDS = ("lora_scale", "attention")
 Remat = Literal["none", "dots", "layer"]
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 _REMAT_POLICIES = {
     "none": is_kept,
     "layer": jax.checkpoint_policies.nothing_saveable,
@@ -71,6 +71,9 @@ class DecoderConfig:
     # the rotation. Empty: no windows, and `rope` in all layers.
     layer_windows: tuple[int, ...] = ()
     layer_ropes: tuple[Rope, ...] = ()
+    num_experts: int = 0  # of a layer, each of `intermediate_size`; 0: one MLP for all tokens
+    experts_per_token: int = 0
+    normalizes_experts: bool = False  # the weights of a token's experts add up to 1
     lora_scale: float = 1.0  # alpha / rank; used only if the parameters hold adapters
     attention: Implementation = "xla"
 
@@ -91,9 +94,13 @@ def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     q, kv = config.num_heads * h, config.num_kv_heads * h
     layer = {
         **dict.fromkeys(("k_kernel", "v_kernel"), (kv, d)),
-        **dict.fromkeys(("gate_kernel", "up_kernel"), (f, d)),
-        **{"q_kernel": (q, d), "o_kernel": (d, q), "down_kernel": (d, f)},
+        **{"q_kernel": (q, d), "o_kernel": (d, q)},
     }
+    if experts := config.num_experts:
+        layer |= dict.fromkeys(("expert_gate_kernel", "expert_up_kernel"), (experts, f, d))
+        layer |= {"router_kernel": (experts, d), "expert_down_kernel": (experts, d, f)}
+    else:
+        layer |= {"gate_kernel": (f, d), "up_kernel": (f, d), "down_kernel": (d, f)}
     if config.has_pre_norms:
         layer |= {"attention_norm": (d,), "mlp_norm": (d,)}
     if config.has_post_norms:
@@ -113,9 +120,11 @@ def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     return jax.tree.map(abstract, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def num_parameters(config: DecoderConfig) -> int:
-    """Elements of all parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+def num_parameters(config: DecoderConfig, *, of_token: bool = False) -> int:
+    """Elements of all parameters, or of those without the experts that a token does not use."""
+    unused = config.num_layers * (config.num_experts - config.experts_per_token) * of_token
+    size = 3 * config.hidden_size * config.intermediate_size  # of an expert
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config))) - unused * size
 
 
 def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
@@ -177,7 +186,7 @@ def forward(
         weights = gathered(weights, mesh)
         q, k, v = project_qkv(x, weights, rope(number), config)
         attended = attend(q, k, v, number)
-        return keep_rows(finish_layer(x, attended, weights, config), mesh), None
+        return keep_rows(finish_layer(x, attended, weights, config, mesh), mesh), None
 
     embedding = gathered({"embedding": params["embedding"]}, mesh)["embedding"]
     x = keep_rows(embed(embedding, tokens, config), mesh)
@@ -194,31 +203,6 @@ def embed(embedding: Float[Array, "V D"], tokens, config: DecoderConfig) -> Floa
     return x if config.embedding_scale == 1 else x * jnp.asarray(config.embedding_scale, x.dtype)
 
 
-def rms_norm(
-    x: Float[Array, "... D"], weights: Params, name: str, config: DecoderConfig
-) -> Float[Array, "... D"]:
-    """RMS norm, computed in at least float32; `x` itself if there are no weights of this name."""
-    if (scale := weights.get(name)) is None:
-        return x
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normed = wide * jax.lax.rsqrt(variance + config.norm_epsilon)
-    if config.norm_offset:  # which a narrow dtype would round
-        return (normed * (config.norm_offset + scale.astype(wide.dtype))).astype(x.dtype)
-    return normed.astype(x.dtype) * scale
-
-
-def _linear(
-    x: Float[Array, "B T I"], weights: Params, name: str, config: DecoderConfig
-) -> Float[Array, "B T O"]:
-    y = jnp.einsum("bti,oi->bto", x, weights[f"{name}_kernel"])
-    if f"{name}_lora_a" in weights:
-        low = jnp.einsum("bti,ri->btr", x, weights[f"{name}_lora_a"])
-        y += config.lora_scale * jnp.einsum("btr,or->bto", low, weights[f"{name}_lora_b"])
-    bias = weights.get(f"{name}_bias")
-    return y if bias is None else y + bias
-
-
 def project_qkv(x, weights, rope, config: DecoderConfig) -> tuple[Array, Array, Array]:
     """Queries `[B, T, N, H]` and keys `[B, T, K, H]` of one layer, both rotated, and values
     `[B, T, K, H]`.
@@ -227,7 +211,7 @@ def project_qkv(x, weights, rope, config: DecoderConfig) -> tuple[Array, Array, 
     by_head = lambda y: y.reshape(*x.shape[:2], -1, config.head_size)
 
     def project(name):
-        y = _linear(x, weights, name, config)
+        y = linear(x, weights, name, config)
         norm = lambda y: rms_norm(y, weights, f"{name}_norm", config)
         return by_head(norm(y)) if config.norms_all_heads else norm(by_head(y))
 
@@ -236,11 +220,11 @@ def project_qkv(x, weights, rope, config: DecoderConfig) -> tuple[Array, Array, 
     return rotate(q, rope), rotate(k, rope), v
 
 
-def finish_layer(x, attended, weights, config: DecoderConfig) -> Float[Array, "B T D"]:
-    """Output projection and the gated MLP, each added to the residual stream."""
-    y = _linear(attended, weights, "o", config)
+def finish_layer(
+    x, attended, weights, config: DecoderConfig, mesh: Mesh | None = None
+) -> Float[Array, "B T D"]:
+    """Output projection and the MLP, each added to the residual stream."""
+    y = linear(attended, weights, "o", config)
     x = x + rms_norm(y, weights, "attention_post_norm", config)
-    y = rms_norm(x, weights, "mlp_norm", config)
-    gate, up = (_linear(y, weights, name, config) for name in ("gate", "up"))
-    y = _linear(_ACTIVATIONS[config.activation](gate) * up, weights, "down", config)
+    y = mlp(rms_norm(x, weights, "mlp_norm", config), weights, config, mesh)
     return x + rms_norm(y, weights, "mlp_post_norm", config)

@@ -174,8 +174,8 @@ def _write_files(params: Params, source: Checkpoint, dtype: np.dtype, out: pathl
         files[-1].append(name)
     places, weight_map, scale = tensor_places(source), {}, source.config.lora_scale
 
-    def read_part(name: str, layer: int | None) -> np.ndarray:
-        array = params[name] if layer is None else merged(params, name, layer, scale)
+    def read_part(name: str, index: tuple[int, ...]) -> np.ndarray:
+        array = merged(params, name, index, scale) if index else params[name]
         return np.ascontiguousarray(np.asarray(to_host(array)).astype(dtype))
 
     def read(tensor: str) -> np.ndarray:

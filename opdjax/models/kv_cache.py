@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.models import decoder
 from opdjax.models.attention import is_attended, of_layer, segment_distance
+from opdjax.models.blocks import rms_norm
 from opdjax.models.decoder import DecoderConfig, Params
 from opdjax.models.rope import rotations
 from opdjax.ops.sharding import ROW_AXES
@@ -63,12 +64,16 @@ def split_layers(layers: Params, config: DecoderConfig) -> tuple[Params, ...]:
     False. Call it once per set of weights: it copies all of them.
 
     On a CPU, few rows are multiplied a fifth faster by kernels of layout `[in, out]`. The barrier
-    keeps XLA from undoing the transposition.
+    keeps XLA from undoing the transposition. Experts stay as they are.
     """
     if not is_unstacked(config):
         return (layers,)
-    layer = lambda i: jax.tree.map(lambda x: x[i].T, layers)
+    layer = lambda i: jax.tree.map(lambda x: _transposed(x[i]), layers)
     return jax.lax.optimization_barrier(tuple(map(layer, range(config.num_layers))))
+
+
+def _transposed(x: Array) -> Array:
+    return x.T if x.ndim == 2 else x
 
 
 def init_cache(
@@ -105,6 +110,7 @@ def forward_cached(
     cache: KVCache,
     column: Int[Array, ""] | int,
     distance: Int[Array, "B T S"],
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Hidden states after the final norm, and the cache with the tokens' keys and values in its
     columns `column : column + T` (of S).
@@ -123,12 +129,12 @@ def forward_cached(
         keys, values = _write(keys, k, index, column), _write(values, v, index, column)
         is_visible = is_attended(distance, of_layer(config.windows, number))
         attended = _attend(q, _layer_of(keys, index), _layer_of(values, index), is_visible)
-        return decoder.finish_layer(x, attended, weights, config), keys, values
+        return decoder.finish_layer(x, attended, weights, config, mesh), keys, values
 
     x, written = decoder.embed(params["embedding"], tokens, config), []
     for number, (weights, *stored) in enumerate(zip(layer_params, cache.keys, cache.values)):
         if is_unstacked(config):
-            x, *stored = layer((x, *stored), jax.tree.map(jnp.transpose, weights), number)
+            x, *stored = layer((x, *stored), jax.tree.map(_transposed, weights), number)
         else:
             numbers = jnp.arange(config.num_layers)
             (x, *stored), _ = jax.lax.scan(
@@ -137,7 +143,7 @@ def forward_cached(
                 (weights, numbers, numbers),
             )
         written.append(stored)
-    return decoder.rms_norm(x, params, "final_norm", config), KVCache(*zip(*written))
+    return rms_norm(x, params, "final_norm", config), KVCache(*zip(*written))
 
 
 def prefill(
@@ -156,7 +162,7 @@ def prefill(
     cache = constrain(init_cache(config, *tokens.shape, dtype, wide), mesh)
     positions = decoder.positions_of(segments)
     hidden, cache = forward_cached(
-        params, layer_params, config, tokens, positions, cache, 0, distance
+        params, layer_params, config, tokens, positions, cache, 0, distance, mesh
     )
     return hidden[:, -1], constrain(cache, mesh)
 

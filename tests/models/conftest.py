@@ -102,6 +102,27 @@ PAIRS = {
             },
         },
     ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 7,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3-moe-window": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 8,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
     "llama-bias-tied": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
@@ -192,7 +213,7 @@ def pairs(build, save):
     return pairs
 
 
-LONG = ("mistral-full", "smollm3-window")
+LONG = ("mistral-full", "smollm3-window", "qwen3-moe-window")
 
 
 @pytest.fixture(

@@ -100,7 +100,9 @@ def test_attention_factor_is_read_as_a_number(read):
     assert read(**scaled("yarn", **YARN, attention_factor=2)).rope.attention_factor == 2
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "Olmo2", "SmolLM3"])
+@pytest.mark.parametrize(
+    "family", ["Llama", "Qwen2", "Qwen3", "Qwen3Moe", "Mistral", "Olmo2", "SmolLM3"]
+)
 def test_defaults_equal_transformers(read, family):
     import transformers
 
@@ -187,6 +189,18 @@ def test_rotations_by_the_kind_of_the_layer(read, family):
     assert read(family, **fields, **old).layer_ropes == (local, Rope(1e6, "linear", 8.0))
 
 
+def test_experts_are_read(read):
+    """transformers 5 writes `num_local_experts`. The field of dense layers is not needed."""
+    config = read("Qwen3Moe", intermediate_size=...)
+    assert (config.num_experts, config.experts_per_token, config.intermediate_size) == (128, 8, 768)
+    assert (config.head_size, config.normalizes_experts, config.layer_windows) == (4, False, ())
+    for name in ("num_experts", "num_local_experts"):
+        fields = {name: 16, "norm_topk_prob": True, "router_aux_loss_coef": 0.1}
+        config = read("Qwen3Moe", **fields, use_sliding_window=True, mlp_only_layers=[])
+        assert (config.num_experts, config.normalizes_experts) == (16, True)
+        assert config.layer_windows == (4096, 4096)
+
+
 def test_a_part_of_a_head_rotates(read):
     assert read("Phi3", partial_rotary_factor=0.5).rope == Rope(1e4, rotated=0.5)
     assert read("Phi3").rope == Rope(1e4)
@@ -232,6 +246,16 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         ("SmolLM3", {"no_rope_layers": [1]}, r"no_rope_layers \[1\]; expected 0 or 1 for each"),
         ("Mistral", {"layer_types": ["full_attention"] * 2}, "layer_types .* expected null"),
         ("Qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types .* expected one of"),
+        ("Qwen3Moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2; expected 1"),
+        ("Qwen3Moe", {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\]; expected \[\] \(experts"),
+        ("Qwen3Moe", {"num_experts": 4}, "num_experts_per_tok 8; expected .* at most 4"),
+        ("Qwen3Moe", {"num_experts": 10**6}, "num_experts 1000000; expected .* at most 32768"),
+        (
+            "Qwen3Moe",
+            {"num_experts": 8, "num_local_experts": 9},
+            "num_local_experts 9; expected 8",
+        ),
+        ("Qwen3_5", {}, r"Qwen3_5ForCausalLM'\] \(its layers of linear attention"),
         ("Qwen3", {"hidden_act": "gelu"}, "hidden_act 'gelu'; expected \"silu\""),
         ("Llama", {"mlp_bias": True}, r"mlp_bias True; expected false \(an MLP without biases"),
         ("Llama", {"attention_bias": "yes"}, "attention_bias 'yes'; expected true or false"),

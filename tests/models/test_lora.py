@@ -90,7 +90,7 @@ def test_new_adapters_change_nothing_and_trained_ones_are_their_merged_kernels(r
     def stacked(adapted):
         layers = range(model.num_layers)
         return {
-            name: jnp.stack([merged(adapted, name, layer, SCALE) for layer in layers])
+            name: jnp.stack([merged(adapted, name, (layer,), SCALE) for layer in layers])
             for name in whole["layers"]
         }
 
@@ -194,7 +194,7 @@ def test_a_merged_export_is_the_adapted_model(pairs, our_logits, rng, tmp_path):
     exact = np.float32(kernel) + SCALE * np.matmul(
         params["layers"]["q_lora_b"], params["layers"]["q_lora_a"]
     )
-    found = merged({"layers": params["layers"] | {"q_kernel": kernel}}, "q_kernel", 1, SCALE)
+    found = merged({"layers": params["layers"] | {"q_kernel": kernel}}, "q_kernel", (1,), SCALE)
     np.testing.assert_allclose(found, exact[1], rtol=1e-5, atol=1e-6)
 
 
@@ -347,4 +347,12 @@ def test_adapters_of_kernels_that_share_a_tensor_are_refused(pairs):
     lora = LoraConfig(rank=2, targets=("o", "down"))
     assert with_adapters(student, lora).config.lora_scale == lora.scale
     with pytest.raises(ConfigError, match="targets .* others than q, k, v, gate, up, which share"):
+        with_adapters(student, LoraConfig(rank=2))
+
+
+def test_adapters_of_experts_are_refused(pairs):
+    student, lora = pairs["qwen3-moe"].checkpoint, LoraConfig(rank=2, targets=("q", "k", "v", "o"))
+    assert with_adapters(student, lora).config.lora_scale == lora.scale
+    assert with_adapters(student, LoraConfig()).config == student.config
+    with pytest.raises(ConfigError, match="others than gate, up, down, which are kernels of exp"):
         with_adapters(student, LoraConfig(rank=2))
