@@ -3,6 +3,10 @@
 Tokens are sorted by expert and multiplied in groups, so no expert has a capacity, no token is
 dropped, and the result for a token does not depend on the others. A TPU multiplies each group by
 its own kernel. JAX on a CPU multiplies all tokens by all kernels: only small models can afford it.
+
+The choice is a step function: where two experts are nearly as probable, sampler and scorer, which
+round differently, may choose different ones, and their log-probabilities differ by more than
+rounding.
 """
 
 from __future__ import annotations
