@@ -323,8 +323,8 @@ FAMILIES = {
     "Olmo3ForCausalLM": Family(_read_olmo3, _LAYER_NAMES | _POST_NORMS, _GLOBAL_NAMES),
     "Phi3ForCausalLM": Family(_read_phi3, _LAYER_NAMES | _FUSED, _GLOBAL_NAMES),
     "Qwen2ForCausalLM": Family(_read_qwen2, _LAYER_NAMES, _GLOBAL_NAMES),
-    "Qwen3MoeForCausalLM": Family(_read_qwen3_moe, _LAYER_NAMES | _EXPERT_NAMES, _GLOBAL_NAMES),
     "Qwen3ForCausalLM": Family(_read_qwen3, _LAYER_NAMES, _GLOBAL_NAMES),
+    "Qwen3MoeForCausalLM": Family(_read_qwen3_moe, _LAYER_NAMES | _EXPERT_NAMES, _GLOBAL_NAMES),
     "SmolLM3ForCausalLM": Family(_read_smollm3, _LAYER_NAMES, _GLOBAL_NAMES),
 }
 
@@ -333,9 +333,11 @@ _RECURRENT = (
     "its layers of linear attention (gated delta rule) pass a state and a convolution from token "
     "to token, which packed rows would carry into the next text and a cache by column does not hold"
 )
-_REFUSED = dict.fromkeys(
-    ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), _RECURRENT
-)
+_REFUSED = {
+    f"{name}For{task}": _RECURRENT
+    for name in ("Qwen3Next", "Qwen3_5", "Qwen3_5Moe")
+    for task in ("CausalLM", "ConditionalGeneration")
+}
 
 
 def family_of(raw: dict[str, Any]) -> Family:

@@ -1131,6 +1131,17 @@ def test_heads_are_sharded_over_tensor(generate, mixed, rollouts):
     assert (ours.tokens == rollouts.tokens).all(1).mean() > 0.95
 
 
+@pytest.mark.long
+def test_experts_are_sharded_over_tensor(student, mixed):
+    config = dataclasses.replace(student.config, num_experts=4, experts_per_token=2)
+    params = decoder.init_params(config, jax.random.key(0))
+    options = {"decoding": decoding(stop=student.stop), "num_generations": 4, "slots": 8}
+    run = lambda mesh: sample(params, mixed, 0, 0, config=config, mesh=mesh, **options).tokens
+    one, eight = map(np.asarray, map(run, (None, make_mesh(2, 2, 2))))
+    assert len(np.unique(one)) > 30
+    assert (one == eight).all(1).mean() > 0.9
+
+
 # ---- Types of stored keys and values
 
 
