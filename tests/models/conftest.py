@@ -107,7 +107,7 @@ PAIRS = {
         {
             "num_experts": 6,
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": 7,
+            "moe_intermediate_size": 12,
             "norm_topk_prob": True,
         },
     ),

@@ -248,7 +248,11 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         ("Qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types .* expected one of"),
         ("Qwen3Moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2; expected 1"),
         ("Qwen3Moe", {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\]; expected \[\] \(experts"),
-        ("Qwen3Moe", {"num_experts": 4}, "num_experts_per_tok 8; expected .* at most 4"),
+        (
+            "Qwen3Moe",
+            {"num_experts": 4, "num_experts_per_tok": 5},
+            "per_tok 5; expected .* at most 4",
+        ),
         ("Qwen3Moe", {"num_experts": 10**6}, "num_experts 1000000; expected .* at most 32768"),
         (
             "Qwen3Moe",
