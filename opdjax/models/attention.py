@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,19 +43,31 @@ def attend_within_segments(
     """
     if implementation == "splash":
         # Its masks are static: a layer chooses among one kernel for each window.
-        kinds, run = tuple(dict.fromkeys(windows)), partial(splash_attention, mesh=mesh)
-        branches = [partial(run, segment_ids=segment_ids, window=window) for window in kinds]
-        number = tuple(map(kinds.index, windows))
-        return lambda q, k, v, layer=0: jax.lax.switch(of_layer(number, layer), branches, q, k, v)
+        kinds, number = _kinds_of(windows)
+        run = partial(splash_attention, segment_ids=segment_ids, mesh=mesh)
+        branches = [partial(run, window=window) for window in kinds]
+        return lambda q, k, v, layer=0: jax.lax.switch(number(layer), branches, q, k, v)
     columns = jnp.arange(segment_ids.shape[1])
     distance = segment_distance(columns, segment_ids, columns, segment_ids)
     run = fused_attention if implementation == "cudnn" else masked_attention
-    return lambda q, k, v, layer=0: run(q, k, v, is_attended(distance, of_layer(windows, layer)))
+    mask = by_layer(windows, partial(is_attended, distance))
+    return lambda q, k, v, layer=0: run(q, k, v, mask(layer))
 
 
-def of_layer(values: tuple[int, ...], layer: Int[Array, ""] | int) -> Int[Array, ""] | int:
-    """The value of a layer, which may be traced; static where all layers have the same."""
-    return values[0] if len(set(values)) == 1 else jnp.asarray(values)[layer]
+def by_layer(values: tuple[Any, ...], make: Callable[[Any], Array]) -> Callable[[Any], Array]:
+    """`of(layer)`: what is made of the value of a layer, which may be traced. It is made once for
+    each different value, outside the loop over layers.
+    """
+    kinds, number = _kinds_of(values)
+    made = jnp.stack(list(map(make, kinds)))
+    return lambda layer: made[number(layer)]
+
+
+def _kinds_of(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], Callable[[Any], Any]]:
+    """The different values, and the number among them of that of a layer: static if all are 0."""
+    kinds = tuple(dict.fromkeys(values))
+    numbers = tuple(map(kinds.index, values))
+    return kinds, lambda layer: jnp.asarray(numbers)[layer] if len(kinds) > 1 else 0
 
 
 def segment_distance(q_columns, q_segments, k_columns, k_segments) -> Int[Array, "B Q S"]:
@@ -66,9 +78,7 @@ def segment_distance(q_columns, q_segments, k_columns, k_segments) -> Int[Array,
     return jnp.where(is_same, q_columns[None, :, None] - k_columns[None, None, :], -1)
 
 
-def is_attended(
-    distance: Int[Array, "B Q S"], window: Int[Array, ""] | int = NO_WINDOW
-) -> Bool[Array, "B Q S"]:
+def is_attended(distance: Int[Array, "B Q S"], window: int) -> Bool[Array, "B Q S"]:
     """Whether a query attends to a key this far before it, if its window, which contains itself,
     has this many tokens.
     """

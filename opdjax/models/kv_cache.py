@@ -7,6 +7,7 @@ differ in length.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.models import decoder
-from opdjax.models.attention import is_attended, of_layer, segment_distance
+from opdjax.models.attention import by_layer, is_attended, segment_distance
 from opdjax.models.blocks import rms_norm
 from opdjax.models.decoder import DecoderConfig, Params
 from opdjax.models.rope import rotations
@@ -120,6 +121,7 @@ def forward_cached(
     the token does not attend to it. Such columns may hold anything.
     """
     rope = rotations(positions, config.ropes, config.head_size)
+    is_visible = by_layer(config.windows, partial(is_attended, distance))
 
     # Stacked arrays are part of the carry, which XLA updates in place; scanned inputs and outputs
     # would be copied.
@@ -127,8 +129,8 @@ def forward_cached(
         x, keys, values = carry
         q, k, v = decoder.project_qkv(x, weights, rope(number), config)
         keys, values = _write(keys, k, index, column), _write(values, v, index, column)
-        is_visible = is_attended(distance, of_layer(config.windows, number))
-        attended = _attend(q, _layer_of(keys, index), _layer_of(values, index), is_visible)
+        stored = _layer_of(keys, index), _layer_of(values, index)
+        attended = _attend(q, *stored, is_visible(number))
         return decoder.finish_layer(x, attended, weights, config, mesh), keys, values
 
     x, written = decoder.embed(params["embedding"], tokens, config), []

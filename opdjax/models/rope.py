@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from opdjax.models.attention import of_layer
+from opdjax.models.attention import by_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,6 @@ def rotations(
     """`rotation(layer)`: cosines and sines of the rotated dimensions, float32: bfloat16 cannot
     represent all integers above 256. `layer`, which may be traced, counts `ropes`.
     """
-    kinds = tuple(dict.fromkeys(ropes))
 
     def rotation(rope: Rope) -> Float[Array, "2 B T 1 R/2"]:
         angles = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies(
@@ -70,9 +69,7 @@ def rotations(
         )
         return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.attention_factor
 
-    # Each kind is computed once, outside the loop over layers.
-    tables, number = jnp.stack(list(map(rotation, kinds))), tuple(map(kinds.index, ropes))
-    return lambda layer: tables[of_layer(number, layer)]
+    return by_layer(ropes, rotation)
 
 
 def rotate(x: Float[Array, "B T N H"], rotation) -> Float[Array, "B T N H"]:

@@ -16,6 +16,7 @@ from opdjax.config import TrainConfig
 from opdjax.config.validation import ConfigError
 from opdjax.models import attention, decoder
 from opdjax.models.attention import (
+    NO_WINDOW,
     attend_within_segments,
     fused_attention,
     is_attended,
@@ -136,7 +137,7 @@ def test_what_cudnn_is_given_is_the_same_attention(columns, rng):
     """The arguments of the cuDNN call, computed by XLA; lengths that cuDNN refuses are padded."""
     q, k, v, _, segments = inputs(rng, 3, columns, 4, 2, 16)
     columns = jnp.arange(columns)
-    mask = is_attended(segment_distance(columns, segments, columns, segments))
+    mask = is_attended(segment_distance(columns, segments, columns, segments), NO_WINDOW)
     live = np.asarray(segments) > 0
     found = fused_attention(q, k, v, mask, implementation="xla")
     np.testing.assert_allclose(found[live], masked_attention(q, k, v, mask)[live], atol=1e-5)
