@@ -213,7 +213,8 @@ def pairs(build, save):
     return pairs
 
 
-LONG = ("mistral-full", "smollm3-window", "qwen3-moe-window")
+LONG = ("qwen2-window", "mistral", "mistral-full", "olmo2", "olmo3", "smollm3", "smollm3-window")
+LONG += ("phi3", "qwen3-moe-window")
 
 
 @pytest.fixture(

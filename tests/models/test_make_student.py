@@ -44,7 +44,16 @@ def test_layers_are_dropped(tmp_path, teacher):
             make_student("@mini_teacher", tmp_path / "none", keep_layers=absent)
 
 
-@pytest.mark.parametrize("name", ["olmo3", "smollm3-window", "gemma3", "qwen2-window", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("olmo3", "smollm3-window", "qwen2-window", "qwen3-moe")
+        ),
+    ],
+)
 def test_kept_layers_stay_what_they_were(pairs, copy, tmp_path, name):
     """With the windows and rotations that `config.json` gives them by their number, too."""
     source = open_checkpoint(copy(name, layer_types=...))
