@@ -5,8 +5,7 @@ in vopd_math.py, whose docstring has the settings, the data and the deviations. 
 the paper's code averages this loss by sequence and sums over 64 micro-batches; here it is the token
 mean.
 
-    opdjax train experiments/full_kl_math.py --workdir runs/full_kl_math \
-        --data.source dapo14k.jsonl --evaluation.source math500.jsonl
+    opdjax train experiments/full_kl_math.py --workdir runs/full_kl_math
 
 Hardware: the paper reports one H200 or A100 per run, 2 to 6 hours. Expected from the paper: the
 accuracy of vOPD (64.9 on MATH-500, 8 samples at T = 0.6) at 2.4 times its step time. Not run here

@@ -7,15 +7,15 @@ of ten epochs and again before the sixth. An answer is kept if 0 <= IFD_teacher 
 cross-entropy on the kept answers; one teacher pass stores what both need. Learning rate 1e-5 with a
 cosine, clip 1.
 
-    opdjax train experiments/npd_math.py --workdir runs/npd_math \
-        --data.source metamathqa50k.jsonl --evaluation.source math500.jsonl
+    opdjax train experiments/npd_math.py --workdir runs/npd_math
 
-Data: JSON lines with `prompt` (the problem) and, for the evaluation, `answer`. The grader needs
-`pip install 'opdjax[eval]'`. To sample and annotate on separate machines, train with
-`--near-policy.generator process` and run `opdjax sample --store runs/npd_math` there.
-`--near-policy.filter none` keeps all answers. The paper varies --near-policy.ifd-max,
---estimator.kd-weight, --estimator.support-top-k, --near-policy.refresh-epochs and
---train.pack-length.
+Data: MetaMathQA and MATH-500, from the hub (`pip install 'opdjax[data,eval]'`), without a format
+of their own: the models' chat template asks for a box. `--data.source
+preset:metamathqa:plain=FILE --evaluation.source suite:math500:plain=FILE` name copies. To sample
+and annotate on separate machines, train with `--near-policy.generator process` and run `opdjax
+sample --store runs/npd_math` there. `--near-policy.filter none` keeps all answers. The paper varies
+--near-policy.ifd-max, --estimator.kd-weight, --estimator.support-top-k,
+--near-policy.refresh-epochs and --train.pack-length.
 
 Hardware: not stated for this pair; the paper's main run takes 366 hours on one Ascend NPU, 300 of
 them for generation. Expected score from the paper, MATH-500: 76.6 from 62.0 (teacher: 80.0), GSM8K:
@@ -44,7 +44,9 @@ def get_config() -> Config:
     return Config(
         student=ModelConfig("Qwen/Qwen2.5-Math-1.5B"),
         teacher=ModelConfig("Qwen/Qwen2.5-Math-7B-Instruct"),
-        data=DataConfig("metamathqa50k.jsonl", format="chat", max_prompt_length=1024),
+        data=DataConfig(
+            "preset:metamathqa:plain=hf:meta-math/MetaMathQA#train[:50000]", max_prompt_length=1024
+        ),
         sampling=SamplingConfig(num_generations=1, max_completion_length=2048, slots=64),
         near_policy=NearPolicyConfig(
             "refresh", num_epochs=10, refresh_epochs=(5,), filter="ifd", ifd_min=0.0, ifd_max=0.8
@@ -59,7 +61,7 @@ def get_config() -> Config:
             pack_length=4096,
         ),
         evaluation=EvaluationConfig(
-            source="math500.jsonl",
+            source="suite:math500:plain",
             grader="boxed",
             num_prompts=500,
             num_samples=8,

@@ -3,8 +3,7 @@
 Paper: the row "OPD" of "KL for a KL", arXiv 2605.07865. Everything but the estimator is as in
 vopd_math.py, whose docstring has the settings, the data and the deviations.
 
-    opdjax train experiments/opd_math.py --workdir runs/opd_math \
-        --data.source dapo14k.jsonl --evaluation.source math500.jsonl
+    opdjax train experiments/opd_math.py --workdir runs/opd_math
 
 Hardware: the paper reports one H200 or A100 per run, 2 to 6 hours. Expected score from the paper,
 8 samples at T = 0.6 on MATH-500: 58.7. Not run here yet.

@@ -6,11 +6,8 @@ and release differ, the settings are the release's: 32 prompts x 8 rollouts a st
 KL, AdamW at 1e-6 with weight decay 0.01, clip 1, answers of up to 8,192 tokens at temperature 1.
 
     export OPENAI_API_KEY=...
-    opdjax references experiments/ropd_math.py --data.source dapo17k.jsonl \
-        --data.references references/dapo17k.jsonl
-    opdjax train experiments/ropd_math.py --data.source dapo17k.jsonl \
-        --data.references references/dapo17k.jsonl --evaluation.source aime24.jsonl \
-        --workdir runs/ropd_math --api.max-dollars 500
+    opdjax references experiments/ropd_math.py
+    opdjax train experiments/ropd_math.py --workdir runs/ropd_math --api.max-dollars 500
 
 As in the paper, one model is teacher, rubricator and verifier. --api.base-url, --rubricator.model
 and --verifier.model select a local judge; the paper's white-box runs use
@@ -19,8 +16,10 @@ gpt-5.2-chat-latest=INPUT/OUTPUT, in dollars per million tokens. The paper's own
 is ROPD_PAPER in opdjax.config: `--estimator.advantage mean_std --estimator.aggregation
 sequence_mean_token_mean --estimator.dual-clip 0`.
 
-Data: JSON lines with `prompt` and, for the evaluation, `answer`; the paper trains on DAPO-Math-17K,
-one epoch of 531 steps. The grader needs `pip install 'opdjax[eval,judge]'`.
+Data: DAPO-Math-17k, one epoch of 531 steps, and AIME24, from the hub (`pip install
+'opdjax[data,eval,judge]'`); `--data.source preset:dapo_math_17k=FILE --evaluation.source
+suite:aime24=FILE` name copies. `opdjax suites runs/ropd_math --output DIR --protocol ropd`
+evaluates on all benchmarks of the paper.
 
 Hardware: the paper reports eight A100 of 80 GB; a run makes some 34 thousand judge calls of up to
 98 thousand tokens each. Expected score from the paper, 16 samples at T = 1 and top-p 0.95 on
@@ -55,7 +54,7 @@ def get_config() -> Config:
     return Config(
         student=ModelConfig("Qwen/Qwen3-4B"),
         data=DataConfig(
-            source="dapo17k.jsonl",
+            source="preset:dapo_math_17k",
             prompt_format=BOXED,
             format="no_thinking",
             max_prompt_length=2048,
@@ -79,7 +78,7 @@ def get_config() -> Config:
             num_steps=531, prompts_per_step=32, gradient_accumulation_steps=32, remat="layer"
         ),
         evaluation=EvaluationConfig(
-            source="aime24.jsonl",
+            source="suite:aime24",
             grader="boxed",
             num_prompts=30,
             num_samples=16,

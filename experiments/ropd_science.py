@@ -5,20 +5,18 @@ settings for science: 625 steps of 32 prompts x 8 rollouts, learning rate 1e-6 w
 100 steps of warm-up, AdamW with b2 0.95 and weight decay 0.1, judge temperatures 0.7 (rubricator)
 and 0 (verifier).
 
-    opdjax references experiments/ropd_science.py --data.source rar_science.jsonl \
-        --data.references references/rar_science.jsonl
-    opdjax train experiments/ropd_science.py --data.source rar_science.jsonl \
-        --data.references references/rar_science.jsonl \
-        --evaluation.source gpqa_diamond.jsonl --workdir runs/ropd_science
+    opdjax references experiments/ropd_science.py
+    opdjax train experiments/ropd_science.py --workdir runs/ropd_science
 
 The judge is local, as in the paper's white-box runs: Qwen3-30B-A3B-Instruct-2507 behind vLLM or
 SGLang at port 8000, `vllm serve Qwen/Qwen3-30B-A3B-Instruct-2507 --max-model-len 98304`. Another
 judge can replace it, as in ropd_math.py.
 
-Data: JSON lines with `prompt`; for the evaluation, multiple-choice questions with `answer` (the
-letter), answered in \\boxed{}. Hardware: the paper reports eight A100 of 80 GB. Expected score from
-the paper with its own judge: GPQA-Diamond 36.50 from 35.66, thinking 55.05 from 53.59. These gains
-are within the noise of 16 samples of 198 questions. Never run here. Deviations as in ropd_math.py.
+Data: RaR-Science and GPQA-Diamond, from the hub (`pip install 'opdjax[data,judge]'`); the latter
+asks its readers to accept terms. Hardware: the paper reports eight A100 of 80 GB. Expected score
+from the paper with its own judge: GPQA-Diamond 36.50 from 35.66, thinking 55.05 from 53.59. These
+gains are within the noise of 16 samples of 198 questions. Never run here. Deviations as in
+ropd_math.py.
 """
 
 from dataclasses import replace
@@ -42,7 +40,7 @@ def get_config() -> Config:
     return replace(
         base,
         data=DataConfig(
-            source="rar_science.jsonl",
+            source="preset:rar_science",
             format="no_thinking",
             max_prompt_length=2048,
             references="references/rar_science.jsonl",
@@ -56,5 +54,7 @@ def get_config() -> Config:
             learning_rate=1e-6, schedule="cosine", warmup_steps=100, b2=0.95, weight_decay=0.1
         ),
         train=replace(base.train, num_steps=625),
-        evaluation=replace(base.evaluation, source="gpqa_diamond.jsonl", num_prompts=198),
+        evaluation=replace(
+            base.evaluation, source="suite:gpqa_diamond", grader="choice", num_prompts=198
+        ),
     )

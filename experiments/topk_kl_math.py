@@ -5,8 +5,7 @@ the student's mass outside these ids. `--estimator.renormalize none --estimator.
 removes the bias. Everything but the estimator is as in vopd_math.py, whose docstring has the
 settings, the data and the deviations.
 
-    opdjax train experiments/topk_kl_math.py --workdir runs/topk_kl_math \
-        --data.source dapo14k.jsonl --evaluation.source math500.jsonl
+    opdjax train experiments/topk_kl_math.py --workdir runs/topk_kl_math
 
 Hardware: the paper reports one H200 or A100 per run, 2 to 6 hours. Expected from the paper: about
 0.4 points over OPD on the average of four benchmarks (vOPD: 3.2 over it). Not run here yet.

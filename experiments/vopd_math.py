@@ -6,12 +6,12 @@ step, at most 1024 + 2048 tokens, temperature 1 without a filter; AdamW at 1e-5,
 1; one epoch of 14 thousand prompts (about 219 steps); the baseline on the student's top 100 ids;
 global token mean; raw text without a chat template.
 
-    opdjax train experiments/vopd_math.py --workdir runs/vopd_math \
-        --data.source dapo14k.jsonl --evaluation.source math500.jsonl
+    opdjax train experiments/vopd_math.py --workdir runs/vopd_math
 
-Data: JSON lines with `prompt` (the problem) and, for the evaluation, `answer`. The paper trains on
-the English part of DAPO-Math-17k and evaluates on MATH-500 and others. The grader needs
-`pip install 'opdjax[eval]'`.
+Data: the English part of DAPO-Math-17k and MATH-500, from the hub (`pip install
+'opdjax[data,eval]'`); `--data.source preset:dapo_math_14k_en=FILE --evaluation.source
+suite:math500=FILE` name copies. `opdjax suites runs/vopd_math --output DIR --protocol vopd_math`
+evaluates on all benchmarks of the paper.
 
 Hardware: the paper reports one H200 or A100 per run, 2 to 6 hours. Expected score from the paper,
 8 samples at T = 0.6 on MATH-500: 64.9 (plain OPD: 58.7). Not run here yet. Deviations: all
@@ -41,7 +41,10 @@ def get_config() -> Config:
         student=ModelConfig("Qwen/Qwen3-1.7B-Base"),
         teacher=ModelConfig("Qwen/Qwen3-1.7B"),
         data=DataConfig(
-            source="dapo14k.jsonl", format="raw", prompt_format=BOXED, max_prompt_length=1024
+            source="preset:dapo_math_14k_en",
+            format="raw",
+            prompt_format=BOXED,
+            max_prompt_length=1024,
         ),
         sampling=SamplingConfig(num_generations=1, max_completion_length=2048, slots=64),
         estimator=EstimatorConfig("vopd", baseline="student_topk", support_top_k=100),
@@ -50,7 +53,7 @@ def get_config() -> Config:
             num_steps=219, prompts_per_step=64, gradient_accumulation_steps=16, remat="layer"
         ),
         evaluation=EvaluationConfig(
-            source="math500.jsonl",
+            source="suite:math500",
             grader="boxed",
             num_prompts=500,
             num_samples=8,

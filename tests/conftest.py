@@ -1,5 +1,6 @@
 """Simulated devices, a persistent compilation cache, and the judge that many tests share."""
 
+import collections
 import ctypes
 import fcntl
 import gc
@@ -45,8 +46,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 
 
 def pytest_collection_modifyitems(items):
-    """The tutorial takes minutes: first, so that no process works long after the other."""
-    items.sort(key=lambda item: item.path.name != "test_tutorial.py")
+    """Files with many tests first, but the tutorial, which takes minutes, before them: so that no
+    process works long after the other.
+    """
+    sizes = collections.Counter(item.path for item in items)
+    first = lambda item: (item.path.name != "test_tutorial.py", -sizes[item.path])
+    items.sort(key=first)
 
 
 _MEMORY = 1.5e9  # bytes of a process above which all its compiled programs are dropped

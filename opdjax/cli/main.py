@@ -16,7 +16,7 @@ import time
 import traceback
 
 from opdjax.cli.experiments import experiments
-from opdjax.cli.models import check, evaluate, export, make_student, sample
+from opdjax.cli.models import check, evaluate, export, make_student, sample, suites
 from opdjax.cli.runs import audit, doctor, plan, references, rollouts, score, train
 from opdjax.cli.sweeps import report, sweep, table
 from opdjax.config.validation import nearest
@@ -35,6 +35,7 @@ COMMANDS = {
     "score": score,
     "rollouts": rollouts,
     "evaluate": evaluate,
+    "suites": suites,
     "check": check,
     "export": export,
     "make-student": make_student,

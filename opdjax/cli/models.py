@@ -1,6 +1,7 @@
 """Commands for one checkpoint."""
 
 import functools
+import itertools
 import math
 import pathlib
 import re
@@ -21,6 +22,7 @@ from opdjax.config import (
     SamplingConfig,
     TrainConfig,
 )
+from opdjax.config.presets import protocol_named
 from opdjax.config.sampling import is_own_function
 from opdjax.config.validation import ConfigError, require
 from opdjax.runs.object_store import Folder, is_remote, open_output
@@ -44,6 +46,64 @@ def evaluate(arguments: list[str]) -> None:
     reads = {DataConfig: (*_VIEW, "columns", "skip_bad_rows"), EvaluationConfig: graded}
     names = ("data", "evaluation", "dtype")
     _call_as_its_run(_print_scores, arguments, "evaluate", reads, names)
+
+
+def suites(arguments: list[str]) -> None:
+    """MODEL … --output DIR: evaluate checkpoints on suites, and compare them in pairs."""
+    chosen = re.findall("--protocol[=\0]([^\0]+)", "\0".join(arguments))
+    names, data, evaluation = protocol_named(chosen[-1] if chosen else "default")
+    defaults = {"suites": names, "data": data, "evaluation": evaluation}
+    sampled = ("num_prompts", "num_samples", "temperatures", "top_p", "top_k", "grader", "columns")
+    reads = {DataConfig: _VIEW, EvaluationConfig: (*sampled, "max_completion_length")}
+    call(functools.partial(_print_suites, **defaults), arguments, "opdjax suites", reads)
+
+
+def _print_suites(
+    models: Annotated[Positional[tuple[str, ...]], NONE],
+    output: pathlib.Path,
+    suites: tuple[str, ...],
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    protocol: str = "default",
+    dtype: Dtype = "auto",
+    slots: int | None = None,
+):
+    """Evaluate checkpoints on suites, with a record of every problem, and compare them in pairs.
+
+    The same command continues an interrupted evaluation.
+
+    Args:
+        models: Checkpoint directories, work directories of finished runs, hub ids, @mini_student or
+            @mini_teacher.
+        output: Local directory of the records, MODEL/SUITE.jsonl, and of all scores, scores.json.
+        suites: Names as in evaluation.source, NAME=SOURCE for a copy, or other data sources.
+        data: How a prompt is rendered.
+        evaluation: Sampling and grading.
+        protocol: Where suites, data and evaluation come from if they are not given: default,
+            vopd_math, vopd_science or ropd.
+        dtype: Dtype of the forward pass; auto is float32 on a CPU, else bfloat16.
+        slots: Rows decoded at a time, fewer for long answers, which need memory; None is 512.
+    """
+    from opdjax.rollouts.suites import file_name, records_of, scores_of_records
+    from opdjax.runs.statistics import benchmark_lines
+    from opdjax.runs.workdir import write_json
+
+    require(bool(models), "MODEL …", models, "one checkpoint or more")
+    require(not is_remote(output), "--output", str(output), "a local directory")
+    sections = {"data": data, "evaluation": evaluation, "train": TrainConfig(dtype=dtype)}
+    sections["sampling"], k = SamplingConfig(slots=slots), evaluation.num_samples
+    records, tables = {}, {}
+    for model in dict.fromkeys(models):
+        (directory := output / file_name(model)).mkdir(parents=True, exist_ok=True)
+        config = Config(student=ModelConfig(model), **sections)
+        records[model] = records_of(config, suites, directory)
+        tables[model] = scores_of_records(records[model])
+    for left, right in itertools.combinations(records, 2):
+        tables[f"{right} - {left}"] = scores_of_records(records[right], records[left])
+    for name, table in tables.items():
+        print("\n".join([name, *benchmark_lines(table, k)]))
+    print("± is half a 95 % interval over problems; differences are paired by problem")
+    write_json(output / "scores.json", tables)
 
 
 def _call_as_its_run(

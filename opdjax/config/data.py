@@ -35,9 +35,13 @@ class DataConfig(Section):
     # parquet:PATH (directory or pattern), hf:NAME[@CONFIG]#SPLIT, or
     # tfds:NAME[/CONFIG][:VERSION]#SPLIT. NAME may be a directory (./DIR, /DIR, gs://BUCKET/DIR).
     # SPLIT may be a slice such as train[:10%]; of what is built in a slice of rows such as
-    # train[:640].
+    # train[:640]. preset:NAME: published data, such as preset:dapo_math_17k (preset:NAME=SOURCE: a
+    # copy; preset:NAME:plain: the bare questions); mix:0.7*SOURCE+0.3*SOURCE: a mixture, as large
+    # as the scarcest part allows; "SOURCE without OTHER": the rows that share no 13 words in a row
+    # ("... by 8": 8) with OTHER, such as an evaluation.
     source: str = "arithmetic:train"
-    # Template of prompts that are strings; must contain {prompt}.
+    # Template of prompts that are strings; must contain {prompt}. The default is a row's own
+    # template where it has one: the column prompt_format, and that of a preset.
     prompt_format: str = "{prompt}"
     # System message before the prompt; needs a chat format.
     system_prompt: str | None = None

@@ -13,6 +13,7 @@ from opdjax.config.data import JUDGED_FIELDS, DataConfig, TeachConfig
 from opdjax.config.estimator import EstimatorConfig
 from opdjax.config.model import MINI_STUDENT, MINI_TEACHER, STUDENT, ModelConfig
 from opdjax.config.near_policy import NearPolicyConfig
+from opdjax.config.presets import grader_of
 from opdjax.config.recipes import RECIPES, Recipe
 from opdjax.config.rubrics import RubricsConfig
 from opdjax.config.sampling import EvaluationConfig, SamplingConfig
@@ -187,9 +188,11 @@ class Config(Section):
     @property
     def grader(self) -> str:
         """The grader of answers; `auto` is resolved by where the prompts come from."""
-        kind = (self.evaluation.source or self.data.source).partition(":")[0]
-        chosen = {"arithmetic": "gsm8k", "tasks": "tasks"}.get(kind, "last_number")
-        return chosen if self.evaluation.grader == "auto" else self.evaluation.grader
+        if self.evaluation.grader != "auto":
+            return self.evaluation.grader
+        source = self.evaluation.source or self.data.source
+        chosen = {"arithmetic": "gsm8k", "tasks": "tasks"}.get(source.partition(":")[0])
+        return chosen or grader_of(source) or "last_number"
 
     @property
     def grades_rollouts(self) -> bool:

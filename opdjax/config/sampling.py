@@ -7,7 +7,7 @@ from opdjax.config.data import columns_of
 from opdjax.config.validation import Section
 
 # Names of `evaluation.grader`, besides auto, regex:PATTERN and FILE.py:FUNCTION.
-GRADERS = ("gsm8k", "last_number", "boxed", "choice", "exact", "tasks")
+GRADERS = ("gsm8k", "last_number", "boxed", "choice", "exact", "tasks", "ifeval")
 
 
 def is_own_function(grader: str) -> bool:
@@ -66,7 +66,9 @@ class SamplingConfig(Section):
 class EvaluationConfig(Section):
     """Answers to held-out prompts, before, during and after training."""
 
-    # Prompts in the form of data.source; None: no evaluation.
+    # Prompts in the form of data.source, or suite:NAME, such as suite:math500,aime24, of gsm8k,
+    # math500, aime24, aime25, amc23, minerva, hmmt25, hmmt25_nov, gpqa_diamond,
+    # sciknoweval_chemistry and ifeval; NAME=SOURCE for a copy. None: no evaluation.
     source: str | None = "arithmetic:test"
     # What is read of a completion and compared with the answer: gsm8k (the number after ####),
     # last_number, boxed (the last \boxed{...}, as mathematics), choice (a letter from A to J),
@@ -117,7 +119,9 @@ class EvaluationConfig(Section):
     @property
     def column_names(self) -> dict[str, str]:
         """The columns that are named, by what they hold."""
-        return columns_of("evaluation.columns", self.columns, ("prompt", "answer", "benchmark"))
+        found = columns_of("evaluation.columns", self.columns, ("prompt", "answer", "benchmark"))
+        is_several = (self.source or "").startswith("suite:") and "," in self.source
+        return ({"benchmark": "benchmark"} if is_several else {}) | found
 
     @property
     def grades(self) -> bool:

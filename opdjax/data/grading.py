@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from opdjax.config.validation import MissingExtraError
 from opdjax.data import isolated
 from opdjax.data.rational import numbers_in, rational
 from opdjax.data.sources import DataError
-from opdjax.data.tasks import reasoning
+from opdjax.data.tasks import ifeval, reasoning
 
 Grade = Callable[[str, str], bool]  # of a completion and the answer in the data
 _MAX_CHARS = 100_000  # the end of a longer completion is read; no answer starts before it
@@ -42,6 +43,7 @@ class _Grader:
     read: Callable[[str], Any | None]
     read_answer: Callable[[str], Any | None]
     is_equal: Callable[[Any, Any], bool] = lambda found, expected: found == expected
+    is_same: Callable[[Any, Any], bool] = operator.eq  # of what two completions say
 
     def __call__(self, completion: str, answer: str) -> bool:
         expected, found = self.read_answer(answer), self.read(completion[-_MAX_CHARS:])
@@ -160,6 +162,28 @@ def _text(text: str) -> str | None:
     return text.strip() or None
 
 
+def _reply(text: str) -> str | None:
+    return _text(text.rsplit("</think>", 1)[-1])
+
+
+def _follows(reply: str, row: str) -> bool:
+    return bool(isolated.call("is_followed", row, reply, module=ifeval.__name__))
+
+
+def votes(grader: str, completions: Sequence[str]) -> list[int | None]:
+    """The number of each completion's value, counted from 0: equal values have the same one. None
+    where the grader reads no value. Your own function reads the whole text.
+    """
+    grade, values, found = grader_named(grader), [], []
+    for completion in completions:
+        value = grade.read(completion[-_MAX_CHARS:])
+        known = (n for n, other in enumerate(values) if grade.is_same(value, other))
+        found.append(None if value is None else next(known, len(values)))
+        if found[-1] == len(values):
+            values.append(value)
+    return found
+
+
 _GRADERS: dict[str, _Grader] = {
     "gsm8k": _Grader(lambda text: _only_number(_after_hash(text)), _gsm8k_answer),
     "last_number": _Grader(_last_number, _last_number),
@@ -167,10 +191,12 @@ _GRADERS: dict[str, _Grader] = {
         _boxes_after_thinking,
         lambda answer: (boxes(answer) or [answer.strip()])[-1] or None,
         _is_equal_math,
+        lambda found, other: _is_same_value(found[-1], other[-1]),
     ),
     "choice": _Grader(_letter, _letter),
     "exact": _Grader(_text, _text),
     "tasks": _Grader(_tagged, _task_answer, _solves_task),
+    "ifeval": _Grader(_reply, ifeval.instructions, _follows),
 }
 
 
@@ -200,6 +226,7 @@ class _Own:
 
     name: str
     function: Callable[[str, str], Any]
+    read, is_same = staticmethod(_text), staticmethod(operator.eq)
 
     def __call__(self, completion: str, answer: str) -> bool:
         with errors_of(self.name.rpartition(":")[0]):
@@ -220,8 +247,8 @@ def require_grader(name: str) -> None:
     """Raise MissingExtraError if the grader's package is missing."""
     if name == "boxed" and importlib.util.find_spec("math_verify") is None:
         raise MissingExtraError("the grader 'boxed' needs math-verify: pip install 'opdjax[eval]'")
-    if name == "tasks":
-        reasoning.require_package()
+    if name in ("tasks", "ifeval"):
+        {"tasks": reasoning, "ifeval": ifeval}[name].require_package()
 
 
 def require_readable(name: str, answers: Sequence[str], source: str) -> None:

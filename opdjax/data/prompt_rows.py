@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from opdjax.data.chat import CALLS, Message, Messages, as_messages, text_of
-from opdjax.data.sources import SKIP_ADVICE, ColumnMap, DataError, read_rows, value_at
+from opdjax.data.decontamination import parts_of, share_words
+from opdjax.data.presets import read_source
+from opdjax.data.sources import SKIP_ADVICE, ColumnMap, DataError, value_at
 from opdjax.data.tokenizer import REASONING
 from opdjax.runs.bounds import parse_json
 
@@ -44,6 +46,7 @@ class Prompt:
     tools: tuple[dict[str, Any], ...] = dataclasses.field(default=(), repr=False)  # JSON schemas
     # The field of the assistant's last turn that keeps it from being a reference, which is a text.
     not_a_text: str | None = dataclasses.field(default=None, repr=False)
+    format: str = dataclasses.field(default="{prompt}", repr=False)  # its own template
 
     @property
     def with_tools(self) -> str | Messages:
@@ -55,11 +58,24 @@ class Prompt:
 def read_prompts(
     source: str, columns: ColumnMap = ColumnMap(), *, skips_bad_rows: bool = False
 ) -> list[Prompt]:
-    """All rows of a data source (formats: `sources`), in their stored order. DataError at the first
-    bad one, unless these are to be skipped: then their number is printed.
+    """All rows of a data source (`sources`, `presets`), in their stored order. DataError at the
+    first bad one, unless these are to be skipped: then their number is printed.
+
+    SOURCE without OTHER [by N]: the rows of SOURCE that share no N words in a row (13) with one of
+    OTHER; the number of those left out is printed.
     """
+    if parts := parts_of(source):
+        source, other, size = parts
+        rows = read_prompts(source, columns, skips_bad_rows=skips_bad_rows)
+        held_out = read_prompts(other, columns, skips_bad_rows=skips_bad_rows)
+        is_shared = share_words(
+            [row.prompt for row in rows], [row.prompt for row in held_out], size
+        )
+        total = f"{sum(is_shared)} of {len(rows)} rows of {source}"
+        print(f"left out {total}: they share {size} words in a row, or their text, with {other}")
+        return [row for row, is_out in zip(rows, is_shared) if not is_out]
     rows, skipped = [], [] if skips_bad_rows else None
-    for place, row in read_rows(source, columns, skipped):
+    for place, row in read_source(source, columns, skipped):
         try:
             rows.append(_parse_row(row, columns))
         except (DataError, RecursionError) as error:  # values of tables may be nested without end
@@ -125,6 +141,7 @@ def _parse_row(row: dict[str, Any], columns: ColumnMap) -> Prompt:
         _parse_benchmark(read(columns.benchmark), columns.benchmark) if columns.benchmark else None,
         _parse_tools(read("tools", is_needed=False)),
         held[0] if held else None,
+        _parse_format(read("prompt_format", is_needed=False)),
     )
 
 
@@ -140,6 +157,12 @@ def _plain(value: Any, path: str) -> Any:
     if isinstance(value, dict):
         return {name: _plain(item, path) for name, item in value.items()}
     return [_plain(item, path) for item in value] if isinstance(value, list) else value
+
+
+def _parse_format(value: Any) -> str:
+    if value is not None and (not isinstance(value, str) or "{prompt}" not in value):
+        raise DataError(f"'prompt_format' is {value!r}; expected a text that contains {{prompt}}")
+    return value or "{prompt}"
 
 
 def _parse_benchmark(value: Any, name: str) -> str:

@@ -148,6 +148,7 @@ def prompt_ids(
 
 
 def _wrapped(row: Prompt, format: str) -> str | Messages:
+    format = row.format if format == DataConfig.prompt_format else format
     return format.replace("{prompt}", row.prompt) if isinstance(row.prompt, str) else row.prompt
 
 

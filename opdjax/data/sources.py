@@ -54,7 +54,8 @@ Rows = Iterator[tuple[str, dict[str, Any]]]  # (place for error messages, row)
 Reader = Callable[..., Rows]
 _EXPECTED = (
     "arithmetic:SPLIT, instructions:SPLIT, tasks:NAME#SPLIT, a .jsonl, .json, .csv or .parquet "
-    "file, parquet:PATH, hf:NAME[@CONFIG]#SPLIT or tfds:NAME[/CONFIG][:VERSION]#SPLIT"
+    "file, parquet:PATH, hf:NAME[@CONFIG]#SPLIT, tfds:NAME[/CONFIG][:VERSION]#SPLIT, preset:NAME, "
+    "suite:NAME or mix:WEIGHT*SOURCE+WEIGHT*SOURCE"
 )
 SKIP_ADVICE = "repair the row, or leave out such rows with --data.skip-bad-rows"
 _CHUNK = 1024  # rows converted to Python values at a time
@@ -74,14 +75,16 @@ class ColumnMap:
     reference: str | None = None  # None: `references` or `reference`, if one exists
     rubric: str | None = None  # None: not read
     benchmark: str | None = None  # None: not read
+    others: tuple[str, ...] = ()  # whole columns that are read, too
 
     def needed(self, names: Sequence[str], place: str) -> list[str]:
         """The columns of a table to read; others, such as long solutions, are skipped."""
-        named = [path for path in dataclasses.astuple(self) if path is not None]
+        named = [path for path in dataclasses.astuple(self)[:-1] if path is not None]
+        named += self.others
         for path in named:
             if not any(_is_within(path, name) for name in names):
                 raise DataError(f"{place}: {_missing(path, dict.fromkeys(names))}")
-        named += ["tools"] if self.answer else ["answer", "tools"]
+        named += ["tools", "prompt_format"] + ([] if self.answer else ["answer"])
         named += [] if self.reference else ["references", "reference"]
         return [name for name in names if any(_is_within(path, name) for path in named)]
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opdjax.config import EvaluationConfig
-from opdjax.data.grading import grader_named
+from opdjax.data.grading import grader_named, votes
 from opdjax.data.prompt_rows import Prompt
 from opdjax.data.prompts import PromptSet, collate
 from opdjax.engine.decoding import EVAL_STREAM, Decoding
@@ -83,14 +83,35 @@ class Evaluator:
         benchmarks = self._benchmarks(per_prompt)
         return result | ({"benchmarks": benchmarks} if benchmarks else {})
 
+    def records(self, params: Params, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The sampled answers to the prompts of these indices, in full and graded, a row each. A
+        draw depends on its own index alone, not on the others.
+        """
+        k = self.config.num_samples
+        *columns, texts = self._grade(params, self.config.temperature, k, np.asarray(indices))
+        rows = []
+        for n, (index, *own) in enumerate(zip(indices, *(column.tolist() for column in columns))):
+            prompt, answers = self.prompts.prompts[index], texts[n * k : (n + 1) * k]
+            row = {"prompt": prompt.with_tools, "answer": prompt.answer, "completions": answers}
+            row |= dict(zip(("correct", "lengths", "truncated"), own))
+            rows.append(row | {"votes": votes(self.config.grader, answers)})
+        return rows
+
     def _grade(
-        self, params: Params, temperature: float, num_samples: int
+        self,
+        params: Params,
+        temperature: float,
+        num_samples: int,
+        indices: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-        """(correct, completion length, truncated), each `[P, num_samples]`, and all completions."""
+        """(correct, completion length, truncated), each `[P, num_samples]`, and all completions of
+        the prompts of these indices (None: of all).
+        """
+        indices = np.arange(len(self.prompts)) if indices is None else indices
         devices = num_row_shards(self.mesh)
         rollouts = sample(
             params,
-            collate(self.prompts, np.arange(len(self.prompts))),
+            collate(self.prompts, indices),
             _SEED,
             0,
             config=self.model,
@@ -101,7 +122,7 @@ class Evaluator:
             slots=-(-(self.slots or EVALUATION_SLOTS) // devices) * devices,
         )
         rollouts = to_host(rollouts)
-        answers = [prompt.answer for prompt in self.prompts.prompts for _ in range(num_samples)]
+        answers = [self.prompts.prompts[n].answer for n in indices for _ in range(num_samples)]
         texts = completions(rollouts, self.tokenizer)
         correct = graded(texts, answers, self.config.grader)
         by_prompt = lambda x: np.asarray(x, np.int32).reshape(-1, num_samples)

@@ -6,6 +6,7 @@ samples of one prompt are not independent.
 
 from __future__ import annotations
 
+import collections
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,6 +48,23 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
         raise ValueError(f"pass@{k} needs at least {k} samples a prompt, there are {n}")
     total = math.comb(n, k)
     return np.array([1.0 - math.comb(n - int(c), k) / total for c in correct.sum(axis=1)])
+
+
+def maj_at_k(votes: Sequence[Sequence[int | None]], correct: np.ndarray) -> np.ndarray:
+    """Score per prompt, `[P]`, of the value that most of its k answers have; of values that tie for
+    the most, the mean. The score of a value is the share of its answers that are right.
+
+    `votes`: k numbers per prompt, the same one for equal values; None: no value, which never wins,
+    so that a prompt without any value scores 0. `correct [P, k]`.
+    """
+
+    def score(row: Sequence[int | None], right: np.ndarray) -> float:
+        counts = collections.Counter(vote for vote in row if vote is not None)
+        most = max(counts.values(), default=0)
+        winners = [value for value, count in counts.items() if count == most]
+        return sum(right[[v in winners for v in row]]) / max(most * len(winners), 1)
+
+    return np.array([score(row, right) for row, right in zip(votes, correct)])
 
 
 def mean_and_interval(per_prompt: np.ndarray) -> tuple[float, float]:
@@ -265,7 +283,8 @@ def benchmark_lines(table: Mapping[str, Mapping[str, float]], k: int) -> list[st
     for name, scores in table.items():
         cells = [
             f"{score_label(score, k)} {scores[score]:.3f} ± {scores[f'{score}_interval']:.3f}"
-            for score in ("avg@k", "pass@k", "greedy")
+            for score in scores
+            if f"{score}_interval" in scores
         ]
         lines.append(f"{name:24}{'   '.join(cells)}   {scores['num_prompts']} prompts")
     return lines

@@ -18,7 +18,7 @@ from opdjax.config import EvaluationConfig
 from opdjax.config.sampling import GRADERS
 from opdjax.config.validation import ConfigError
 from opdjax.data import isolated
-from opdjax.data.grading import boxes, grader_named, require_grader, require_readable
+from opdjax.data.grading import boxes, grader_named, require_grader, require_readable, votes
 from opdjax.data.rational import numbers_in, rational
 from opdjax.data.sources import DataError
 
@@ -40,8 +40,8 @@ def test_graders_mean_what_they_say(grader):
 def test_the_table_has_rows_for_every_grader():
     assert len(_ROWS) >= 200
     counts = collections.Counter(row["grader"].partition(":")[0] for row in _ROWS)
-    # Those of `tasks` need another package: test_reasoning.py.
-    assert counts.keys() == {*GRADERS, "regex"} - {"tasks"}
+    # Those of `tasks` and `ifeval` need other packages: test_reasoning.py, test_ifeval.py.
+    assert counts.keys() == {*GRADERS, "regex"} - {"tasks", "ifeval"}
 
 
 @settings(max_examples=40, deadline=None)
@@ -154,11 +154,36 @@ def test_a_grader_of_ones_own_is_a_function_of_a_file(tmp_path):
         grader_named(f"{file}:missing")
 
 
+@pytest.mark.parametrize(
+    ("grader", "completions", "expected"),
+    [
+        (
+            "boxed",
+            [r"\boxed{0.5}", r"\boxed{\frac{1}{2}}", "none", r"\boxed{x+1}"],
+            [0, 0, None, 1],
+        ),
+        ("boxed", [r"\boxed{x+1}", r"\boxed{2}", r"\boxed{1+x}"], [0, 1, 0]),
+        ("gsm8k", ["# 1,000", "# 7", "#### 1000.0"], [0, 1, 0]),
+        ("choice", ["The answer is B.", "no idea", "(B)", r"\boxed{A}"], [0, None, 0, 1]),
+        ("exact", ["a", " a", "b", " "], [0, 0, 1, None]),
+        ("regex:x(.)", ["x1", "y", "x2 x1"], [0, None, 0]),
+    ],
+)
+def test_completions_vote_for_the_values_that_graders_read(grader, completions, expected):
+    assert votes(grader, completions) == expected
+
+
+def test_a_function_of_ones_own_votes_with_whole_texts(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def same(completion, answer):\n    return completion == answer\n")
+    assert votes(f"{file}:same", ["a", "b", "a", ""]) == [0, 1, 0, None]
+
+
 def test_graders_that_do_not_exist_are_refused():
     for name in (*GRADERS, "auto", "regex:x+"):
         assert EvaluationConfig(grader=name).grader == name
     with pytest.raises(
-        ConfigError, match="expected gsm8k, last_number, boxed, choice, exact, tasks, auto"
+        ConfigError, match="expected gsm8k, last_number, boxed, choice, exact, tasks, ifeval, auto"
     ):
         EvaluationConfig(grader="final_number")
     with pytest.raises(ConfigError, match="expected a regular expression after regex:"):

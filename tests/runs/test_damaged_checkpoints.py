@@ -191,6 +191,16 @@ def test_digests_do_not_depend_on_the_mesh():
             assert digests({"x": sharded}) == expected
 
 
+@pytest.mark.long
+def test_digests_on_many_devices_do_not_wait_for_each_other():
+    """Without the wait between them this ended the process within a thousand rounds."""
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"))
+    place = NamedSharding(mesh, PartitionSpec(("a", "b"), "c"))
+    state = {f"w{size}": jax.device_put(jnp.ones((64, 8 * size)), place) for size in range(1, 9)}
+    first = digests(state)
+    assert all(digests(state) == first for _ in range(1000))
+
+
 def test_changes_that_cancel_in_a_plain_sum_change_the_digest():
     array = jnp.asarray(np.random.default_rng(0).standard_normal((64, 32)), jnp.float32)
     known = digests(array)

@@ -14,6 +14,7 @@ from opdjax.runs.statistics import (
     avg_at_k,
     clustered_ratio,
     lies_within,
+    maj_at_k,
     mean_and_interval,
     paired_by_seed,
     paired_difference,
@@ -58,6 +59,26 @@ def test_pass_at_k_refuses_more_answers_than_were_drawn(k):
         pass_at_k(np.ones((2, 3)), k)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([None, 0, 1, 2, 3]), min_size=1, max_size=8), st.data())
+def test_maj_at_k_is_the_mean_over_every_way_to_break_a_tie(row, data):
+    right = {vote: data.draw(st.integers(0, 1)) for vote in {*row}} | {None: 0}
+    values = [vote for vote in row if vote is not None]
+    # Every order of preference breaks ties in one way.
+    orders = list(itertools.permutations({*values}))
+    chosen = [max(order, key=values.count) for order in orders if order]
+    expected = np.mean([right[vote] for vote in chosen]) if values else 0
+    found = maj_at_k([row], np.array([[right[vote] for vote in row]]))
+    np.testing.assert_allclose(found, [expected], rtol=0, atol=1e-12)
+
+
+def test_maj_at_k_by_hand():
+    votes = [[0, 0, 1, None], [0, 1, None, None], [None] * 4, [0, 1, 1, 0]]
+    correct = np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1]])
+    # A value of which a half was graded right scores a half.
+    np.testing.assert_array_equal(maj_at_k(votes, correct), [1, 0.5, 0, 0.75])
+
+
 def test_avg_at_k_is_the_share_of_right_answers_of_each_prompt():
     np.testing.assert_allclose(avg_at_k(np.array([[1, 0, 0, 0], [1, 1, 1, 0]])), [0.25, 0.75])
 
@@ -96,6 +117,16 @@ def test_the_interval_covers_the_truth_in_about_19_of_20_samples():
         mean, half = mean_and_interval(rng.binomial(1, 0.3, 200) / 1)
         hits += abs(mean - 0.3) <= half
     assert 920 <= hits <= 970
+
+
+def test_the_interval_of_a_paired_difference_covers_the_truth_in_about_19_of_20_samples():
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(1000):
+        chance = rng.beta(0.6, 0.6, 200)  # of each problem
+        before, after = rng.binomial(8, chance) / 8, rng.binomial(8, 0.9 * chance + 0.04) / 8
+        mean, half = paired_difference(before, after)
+        hits += abs(mean - (0.04 - 0.1 * 0.5)) <= half
+    assert 925 <= hits <= 970
 
 
 def test_paired_difference_by_hand():

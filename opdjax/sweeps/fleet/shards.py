@@ -83,7 +83,7 @@ def make_fleet(
 def _extras(points: Sequence[SweepPoint]) -> tuple[str, ...]:
     configs = [point.config for point in points]
     sources = {str(part.source) for config in configs for part in (config.data, config.evaluation)}
-    has_rows = any(source.startswith(("hf:", "tfds:", "parquet:")) for source in sources)
+    has_rows = any(re.search(r"\b(hf|tfds|parquet|preset|suite):", source) for source in sources)
     is_judged = any(config.is_judged or config.teach.model for config in configs)
     return ("eval", *(("data",) if has_rows else ()), *(("judge",) if is_judged else ()))
 
