@@ -633,7 +633,7 @@ CHECKPOINTS = {
     "another architecture": (
         "UnsupportedModelError",
         imported(lambda p: p.model("config.json", architectures=["GPT2LMHeadModel"])),
-        "['GPT2LMHeadModel']; expected one of ['LlamaForCausalLM'",
+        "['GPT2LMHeadModel']; expected one of ['Gemma3ForCausalLM'",
     ),
     "an architecture that is a number": (
         "UnsupportedModelError",

@@ -23,6 +23,7 @@ from opdjax.config.validation import ConfigError, from_dict, to_dict
 from opdjax.engine.evaluate import evaluate
 from opdjax.runs.results import evaluations_since_best
 from opdjax.runs.workdir import (
+    COUNTED,
     SPENDING,
     RowCounter,
     WorkdirError,
@@ -388,6 +389,10 @@ def counted(tmp_path):
     counter = RowCounter(tmp_path)
     logged(tmp_path, (1, 2))
     append_lines(tmp_path / "rubrics.jsonl", [{"step": 5}, {"step": 1}])
+    scores = {"eval.jsonl": {"temperature": 0.7}}
+    scores["divergence.jsonl"] = {"student": {}, "teacher": {}}
+    for name, own in scores.items():
+        append_lines(tmp_path / name, [{"step": step} | own for step in (0, 1)])
     first = counter.until(2)
     assert first["metrics.jsonl"]["rows"] == 2
     assert first["spent"]["dollars"] == 0.5
@@ -403,14 +408,16 @@ def counted(tmp_path):
 def test_nothing_is_said_of_a_whole_log(counted, capsys):
     workdir, before = counted
     check_logs(workdir, 4, before)
-    for name in ("metrics.jsonl", "rubrics.jsonl"):
+    for name in COUNTED:
         cut_lines(workdir / name, 4)
     check_logs(workdir, 4, before)
     check_logs(workdir, 4, {})
+    (workdir / "eval.jsonl").rename(workdir / "eval-1.jsonl")  # the evaluation has changed
+    check_logs(workdir, 4, before)
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "rubrics.jsonl"])
+@pytest.mark.parametrize("name", [name for name in COUNTED if name != "samples.jsonl"])
 def test_lost_and_changed_rows_are_counted(counted, name, capsys):
     workdir, before = counted
     text, number = (workdir / name).read_text(), before[name]["rows"]
