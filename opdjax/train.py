@@ -68,7 +68,7 @@ from opdjax.rollouts.write_references import teach as write_references
 from opdjax.runs.checkpoint import Checkpointer, UnreadableCheckpointError, set_aside
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer, require_trackers
 from opdjax.runs.mirror import WorkdirMirror, open_workdir, scratch_workdir
-from opdjax.runs.object_store import is_remote, url_of
+from opdjax.runs.object_store import is_remote, local_copy, url_of
 from opdjax.runs.results import evaluations_since_best, make_result, read_result, result_table
 from opdjax.runs.workdir import (
     RowCounter,
@@ -112,12 +112,11 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
         today = _first_day(mirror.directory)
         setup = on_all(lambda: _prepared(config, today))
         run_facts = on_all(lambda: facts(setup))
+        enforce(check_settings(setup))
         is_finished = agreed(bool(on_process_zero(lambda: _open(mirror, config, setup, run_facts))))
         if not is_finished:
-            enforce(check_settings(setup))
             _run(setup, mirror, resources, startup)
-        mirror.download_result()
-        return read_result(mirror.directory)
+        return read_result(local_copy(f"{mirror.name}/result.json").parent)
 
 
 def _first_day(workdir: pathlib.Path) -> str:

@@ -188,8 +188,8 @@ def gcs(monkeypatch, tmp_path):
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("OPDJAX_SCRATCH", str(tmp_path / "scratch"))
         fsspec.config.set_conf_env(fsspec.config.conf)
-        object_store._file_system.cache_clear()
+        object_store._file_systems.cache_clear()
         gcsfs.GCSFileSystem.clear_instance_cache()
         yield server
-        object_store._file_system.cache_clear()
+        object_store._file_systems.cache_clear()
         gcsfs.GCSFileSystem.clear_instance_cache()

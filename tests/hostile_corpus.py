@@ -43,6 +43,7 @@ def fresh(place, *names):
 RAW = json.loads((STUDENT / "config.json").read_text())
 SIZES = ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads")
 SIZES += ("num_key_value_heads", "head_dim", "intermediate_size")
+EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 WRONG_SIZES = (10**9, -1, 0, 1.5, "8", True, [8], {"8": 8}, 10**400)
 NUMBERS = ("rms_norm_eps", "rope_theta")
 ROPES = {
@@ -62,6 +63,9 @@ def config_texts():
     """Name -> the text of a config.json."""
     for name, value in itertools.product(SIZES, WRONG_SIZES):
         yield f"{name} {text(value)[:12]}", text(RAW | {name: value})
+    experts = RAW | {"architectures": ["Qwen3MoeForCausalLM"]}
+    for name, value in itertools.product(EXPERTS, WRONG_SIZES):
+        yield f"{name} {text(value)[:12]}", text(experts | {name: value})
     for name, value in itertools.product(NUMBERS, ("1e400", "NaN", "-1", "1" * 400, '"x"')):
         changed = {key: kept for key, kept in RAW.items() if key not in (name, "rope_parameters")}
         yield f"{name} {value[:5]}", f'{text(changed)[:-1]}, "{name}": {value}}}'

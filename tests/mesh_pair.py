@@ -38,19 +38,19 @@ SIZES = {
 }
 
 
-def make_pair(directory: pathlib.Path) -> None:
-    """`student` and `teacher`, Hugging Face directories with the built-in pair's tokenizer."""
+def make_pair(directory: pathlib.Path, **fields) -> None:
+    """`student` and `teacher`, Hugging Face directories with the built-in pair's tokenizer; the
+    fields replace those of their configs.
+    """
     built_in = open_checkpoint(str(MINI_PAIR / "student"))
     for seed, name in enumerate(("student", "teacher")):
         described = directory / f"{name}_config"
         described.mkdir(parents=True)
-        (described / "config.json").write_text(
-            json.dumps(built_in.raw_config | SIZES | {"layer_types": ["full_attention"] * 2})
-        )
-        config = open_checkpoint(described).config
-        source = dataclasses.replace(
-            built_in, raw_config=json.loads((described / "config.json").read_text()), config=config
-        )
+        raw = built_in.raw_config | SIZES | {"layer_types": ["full_attention"] * 2} | fields
+        (described / "config.json").write_text(json.dumps(raw))
+        new = open_checkpoint(described)
+        config = new.config
+        source = dataclasses.replace(built_in, raw_config=raw, config=config, family=new.family)
         # Larger than at the start of training, so that the two differ and distributions are not
         # flat.
         params = _large_params(config, seed)

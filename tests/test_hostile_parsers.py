@@ -24,7 +24,7 @@ from opdjax.judge.prompts import fill, read_blocks, shown_answer
 from opdjax.judge.replies import Reply
 from opdjax.judge.reply_object import ReplyError, read_object
 from opdjax.judge.schema import parse_rubric, parse_scores, parse_verdicts
-from opdjax.models.families import UnsupportedModelError, family_of
+from opdjax.models.families import FAMILIES, UnsupportedModelError, family_of
 from opdjax.models.hf import CheckpointError, open_checkpoint
 from opdjax.models.stored_tensors import open_weights
 from opdjax.runs.bounds import JSON_DEPTH, REPLY_BYTES, BoundedError, parse_json
@@ -171,12 +171,19 @@ def with_field(raw, path, value):
 FIELDS = [(name,) for name in CONFIG] + [("rope_parameters", "rope_type")]
 FIELDS += [("rope_parameters", name) for name in ("factor", "beta_fast", "rope_theta", "type")]
 FIELDS += [(name,) for name in ("head_dim", "layer_types", "sliding_window", "rope_scaling")]
+FIELDS += [("rope_parameters", kind) for kind in ("full_attention", "sliding_attention")]
+FIELDS += [(name,) for name in ("no_rope_layers", "use_sliding_window", "sliding_window_pattern")]
+FIELDS += [(name,) for name in ("partial_rotary_factor", "num_experts", "num_experts_per_tok")]
 NUMBERS = st.sampled_from([0, -1, 1, 2, 10**9, 1e308, 1e-308, math.inf, math.nan, 10**400, "yarn"])
 
 
-@each(st.lists(st.tuples(st.sampled_from(FIELDS), VALUES | NUMBERS), max_size=3), count=200)
-def test_configs(tmp_path, changes):
-    raw = CONFIG
+@each(
+    st.sampled_from(sorted(FAMILIES)),
+    st.lists(st.tuples(st.sampled_from(FIELDS), VALUES | NUMBERS), max_size=3),
+    count=200,
+)
+def test_configs(tmp_path, family, changes):
+    raw = CONFIG | {"architectures": [family]}
     for path, value in changes:
         raw = with_field(raw, path, value)
     with contextlib.suppress(UnsupportedModelError, KeyError):

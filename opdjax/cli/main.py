@@ -45,8 +45,7 @@ ALIASES = {"teach": "references", "annotate": "score", "inspect": "rollouts", "i
 
 # Errors of the package that a caller inside it handles: one that gets here is a bug.
 _INTERNAL_ERRORS = ("ReplyError",)
-_NO_MEMORY = "RESOURCE_EXHAUSTED"  # in an error of jax
-_PEER_LOST = "Connection closed by peer"  # the same, between processes on CPUs
+_PEER_LOST = "Connection closed by peer"  # in an error of jax, between processes on CPUs
 _EXIT_SECONDS = 3.0
 _CACHE_BYTES = 4 << 30  # of compiled programs; jax drops the ones that were used longest ago
 
@@ -58,6 +57,8 @@ def main() -> None:
     """
     # Only tokenizers of transformers are used here: its advice to install torch does not apply.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # The hub's library would first wait for a list that its telemetry reads, 3 s without a network.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     is_debugging = len(arguments) < len(sys.argv) - 1 or os.environ.get("OPDJAX_DEBUG") == "1"
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -111,8 +112,17 @@ def is_user_error(error: BaseException) -> bool:
     """
     own = [base.__name__ for base in type(error).__mro__ if base.__module__.startswith("opdjax.")]
     is_own = any(not name.startswith("_") and name not in _INTERNAL_ERRORS for name in own)
-    is_known = _NO_MEMORY in str(error) or _PEER_LOST in str(error)
+    is_known = _is_out_of_memory(error) or _PEER_LOST in str(error)
     return is_own or isinstance(error, OSError) or is_known
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has no memory left. For a full disk TensorStore has the same word, in errors
+    of Python.
+    """
+    jax = sys.modules.get("jax")  # not imported before a command needs it
+    is_of_jax = jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+    return is_of_jax and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _text(error: BaseException) -> str:
@@ -121,9 +131,7 @@ def _text(error: BaseException) -> str:
         is_full = error.errno == errno.ENOSPC and "make room" not in error.strerror
         advice = "; make room and run the same command again" if is_full else ""
         return f"{error.filename}: {error.strerror}{advice}"
-    # TensorStore reports a full disk by the same word.
-    is_full = "make room" in str(error) or os.strerror(errno.ENOSPC) in str(error)
-    if _NO_MEMORY in str(error) and not is_full:
+    if _is_out_of_memory(error):
         first = str(error).partition("\n")[0]
         return (
             f"{first.rstrip('.')}; raise train.gradient_accumulation_steps or lower sampling.slots "

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from opdjax.cli.parsing import NONE, Reads, as_given, call, command
+from opdjax.cli.parsing import NONE, Reads, as_given, call, command, require_model
 from opdjax.cli.runs import store
 from opdjax.config import (
     Config,
@@ -26,6 +26,7 @@ from opdjax.config.presets import protocol_named
 from opdjax.config.sampling import is_own_function
 from opdjax.config.validation import ConfigError, require
 from opdjax.runs.object_store import Folder, is_remote, open_output
+from opdjax.runs.workdir import read_run_config
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 _RANGES = r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*"
@@ -84,6 +85,8 @@ def _print_suites(
         dtype: Dtype of the forward pass; auto is float32 on a CPU, else bfloat16.
         slots: Rows decoded at a time, fewer for long answers, which need memory; None is 512.
     """
+    for model in models:
+        require_model(model)
     from opdjax.rollouts.suites import file_name, records_of, scores_of_records
     from opdjax.runs.statistics import benchmark_lines
     from opdjax.runs.workdir import write_json
@@ -117,6 +120,7 @@ def _call_as_its_run(
 
     @functools.wraps(function)
     def with_given(**given: Any) -> None:
+        require_model(given["model"])
         from opdjax.models.hf import open_checkpoint
         from opdjax.rollouts.export import recorded_use
 
@@ -242,6 +246,7 @@ def check(model: Positional[str]):
         model: Checkpoint directory, work directory of a finished run, hub id, or @mini_student or
             @mini_teacher.
     """
+    require_model(model)
     from opdjax.rollouts.one_model import describe
 
     for name, value in describe(model).items():
@@ -268,6 +273,8 @@ def export(
         push_to_hub: OWNER/NAME of a model repository of the Hugging Face hub to upload it to; a new
             one is private.
     """
+    if not is_remote(workdir):
+        read_run_config(workdir)  # before the imports, which take seconds
     from opdjax.cli.export import export_step, push, require_token
 
     if push_to_hub is not None:
@@ -304,6 +311,7 @@ def make_student(
         dtype: Dtype of the weights; None is that of the model.
         seed: Seed of the noise.
     """
+    require_model(model)
     from opdjax.models.make_student import make_student
 
     require(bits is None or 2 <= bits <= 8, "--bits", bits, "2 to 8")

@@ -21,7 +21,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from opdjax.config import Config, EstimatorConfig
+from opdjax.config import Config, EstimatorConfig, ModelConfig
 from opdjax.config.experiments import load_config
 from opdjax.config.recipes import RECIPES
 from opdjax.config.saved import upgrade
@@ -158,6 +158,13 @@ def with_recipe(config: Config, arguments: list[str]) -> Config:
     changed = copy.copy(config)  # checked together with what the other arguments change
     object.__setattr__(changed, "estimator", estimator)
     return changed
+
+
+def require_model(path: str) -> None:
+    """CheckpointError, before jax is imported for seconds, if there can be no model at a path."""
+    from opdjax.models.places import require_place
+
+    require_place(ModelConfig(path).place[0])
 
 
 def as_given(path: str | os.PathLike) -> str:

@@ -18,9 +18,11 @@ from opdjax.cli.parsing import (
     call_with_config,
     command,
     load_experiment,
+    require_model,
     with_recipe,
 )
 from opdjax.config import (
+    STUDENT,
     AuditConfig,
     Config,
     DataConfig,
@@ -88,15 +90,23 @@ def train(
     if start is not None:
         config = replace(config, train=replace(config.train, start_from=start))
     # At once: the import of jax and the compilation that follow take seconds to minutes.
-    need = config.recipe.teacher_need(config.estimator.options)
-    teacher = "" if need == "none" else f" and {config.teacher.path}"
-    print(f"loading {config.student.path}{teacher}", flush=True)
+    print(f"loading {' and '.join(_require_models(config))}", flush=True)
     from opdjax.train import train as run_training
 
     with contextlib.suppress(ValueError):  # training names what is wrong
         _print_needs(config)
     result = run_training(config, workdir)
     print(f"the trained student is in {as_given(workdir)}/{result['student']}")
+
+
+def _require_models(config: Config) -> list[str]:
+    """The paths of the models that a run loads; CheckpointError if one cannot be there."""
+    need = config.recipe.teacher_need(config.estimator.options)
+    paths = [config.student.path, config.teacher.path][: 1 if need == "none" else 2]
+    for path in paths:
+        if path != STUDENT:
+            require_model(path)
+    return paths
 
 
 _WHY = {
@@ -169,6 +179,7 @@ def _doctor(config: Experiment, num_prompts: int = 8, only: Annotated[str, NONE]
         num_prompts: Number of prompts of the data that go through the models.
         only: Names of checks, separated by commas; empty is all checks that apply.
     """
+    _require_models(config)
     from opdjax.diagnose.doctor import run_checks
 
     has_fault = False

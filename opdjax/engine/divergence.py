@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from opdjax.config import Config
@@ -27,7 +28,7 @@ from opdjax.engine.scorer import score
 from opdjax.estimators.diagnostics import entropy
 from opdjax.estimators.divergence import forward_kl, jsd, reverse_kl
 from opdjax.models.decoder import DecoderConfig, Params, head_of
-from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
+from opdjax.ops.multihost import agreed, numbers_from_process_zero, on_process_zero
 from opdjax.ops.sharding import is_process_zero, num_row_shards, shard_rows, to_host
 from opdjax.ops.tile import Head, VocabTile
 from opdjax.ops.vocab import TILE, TokenInputs, tiled_stats
@@ -184,16 +185,14 @@ def measure(
                 f"student's answers, KL(teacher || student) {given['forward_kl']:.3f} on the "
                 f"teacher's, same most likely token {own['agreement']:.1%}"
             )
-    names = [(writer, name) for writer in ("student", "teacher") for name in DIVERGENCES]
-    own = lambda writer: require(
-        found[step][writer],
-        f"{file}, {writer} of step {step},",
-        **dict.fromkeys(DIVERGENCES, float),
+    types, writers = dict.fromkeys(DIVERGENCES, float), ("student", "teacher")
+    row_of = lambda writer: require(
+        found[step][writer], f"{file}, {writer} of step {step},", **types
     )
-    means = lambda: np.array([own(writer)[name] for writer, name in names])
     # A row of an earlier call is in the file of process zero alone.
-    found_means = from_process_zero(means, np.zeros(len(names))).tolist()
-    return {f"{writer}/{name}": mean for (writer, name), mean in zip(names, found_means)}
+    own = lambda: flatten_dict({writer: row_of(writer) for writer in writers}, sep="/")
+    names = [f"{writer}/{name}" for writer in writers for name in DIVERGENCES]
+    return numbers_from_process_zero(names, own)
 
 
 @partial(jax.jit, static_argnames="mesh")

@@ -20,7 +20,12 @@ from opdjax.data.prompts import PromptSet, collate
 from opdjax.engine.decoding import EVAL_STREAM, Decoding
 from opdjax.engine.sampler import sample
 from opdjax.models.decoder import DecoderConfig, Params
-from opdjax.ops.multihost import agreed, from_process_zero, on_process_zero
+from opdjax.ops.multihost import (
+    agreed,
+    from_process_zero,
+    numbers_from_process_zero,
+    on_process_zero,
+)
 from opdjax.ops.sharding import is_process_zero, num_row_shards, to_host
 from opdjax.runs.statistics import avg_at_k, by_benchmark, mean_and_interval, pass_at_k, score_label
 from opdjax.runs.workdir import NUMBER, append_lines, read_lines, require
@@ -156,8 +161,7 @@ def evaluate(
     types = {"k": int, "per_prompt": list, "per_prompt_greedy": list}
     types |= dict.fromkeys(_SCORES, NUMBER)
     own = lambda: require(found[step, config.temperature], f"{file}, step {step},", **types)
-    scores = lambda: np.array([own()[name] for name in _SCORES])
-    return dict(zip(_SCORES, from_process_zero(scores, np.zeros(len(_SCORES))).tolist()))
+    return numbers_from_process_zero(_SCORES, own)
 
 
 def _shown(prompt: Prompt, text: str, is_right: int) -> dict[str, Any]:

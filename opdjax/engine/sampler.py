@@ -247,7 +247,7 @@ def advance(
     def step(carry):
         steps, state = carry
         state = _sample_token(state, head, decoding, mesh, stop_table)
-        return steps + 1, _decode_token(state, params, layer_params, config, prompt_columns)
+        return steps + 1, _decode_token(state, params, layer_params, config, prompt_columns, mesh)
 
     state = _constrain(jax.lax.while_loop(keep_going, step, (0, _constrain(state, mesh)))[1], mesh)
     status = state.is_done, state.num_sampled
@@ -326,15 +326,26 @@ def _sample_token(
 
 
 def _decode_token(
-    state: SlotState, params: Params, layer_params, config: DecoderConfig, prompt_columns: int
+    state: SlotState,
+    params: Params,
+    layer_params,
+    config: DecoderConfig,
+    prompt_columns: int,
+    mesh: Mesh | None,
 ) -> SlotState:
     """Run the model on the tokens sampled last, which writes the next column of the ring."""
     token = jax.lax.dynamic_slice_in_dim(
         state.recent.tokens, state.clock % state.recent.tokens.shape[1], 1, axis=1
     )
     ring = state.cache.num_columns - prompt_columns
+    # How far before the token a column's token stands, and whether it is of this row's text.
+    of_ring, last = (state.cursor - jnp.arange(ring)) % ring, state.num_sampled[:, None]
+    of_prompt = last - 1 + prompt_columns - jnp.arange(prompt_columns)
     is_prompt = jnp.arange(prompt_columns) >= prompt_columns - state.prompt_length[:, None]
-    is_own = (state.cursor - jnp.arange(ring)) % ring < state.num_sampled[:, None]
+    of_prompt, of_ring = (
+        jnp.where(is_own, distance, -1)
+        for is_own, distance in ((is_prompt, of_prompt), (of_ring < last, of_ring))
+    )
     hidden, cache = kv_cache.forward_cached(
         params,
         layer_params,
@@ -343,7 +354,8 @@ def _decode_token(
         (state.prompt_length + state.num_sampled - 1)[:, None],
         state.cache,
         prompt_columns + state.cursor,
-        jnp.concatenate([is_prompt, is_own], axis=1)[:, None],
+        jnp.concatenate([of_prompt, of_ring], axis=1)[:, None],
+        mesh,
     )
     return state.replace(
         hidden=hidden[:, 0], cache=cache, clock=state.clock + 1, cursor=(state.cursor + 1) % ring

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,30 +24,65 @@ Implementation = Literal["xla", "cudnn", "splash"]
 SPLASH_HEAD_SIZES = (64, 128, 256)  # its kernels compile for these
 CUDNN_MAX_HEAD_SIZE = 128  # on every GPU with cuDNN attention; in steps of 8
 SPLASH_OUTPUT = "splash_attention"  # its output's name in rematerialisation policies
+NO_WINDOW = 2**31 - 1  # more tokens than any row has
 _LANES = 128  # columns are padded to a multiple of a TPU register's width
 _BLOCKS = (512, 256, 128)  # columns per block of the kernel: the largest that divides a row
 
 
 def attend_within_segments(
-    segment_ids: Int[Array, "B T"], implementation: Implementation, mesh: Mesh | None = None
+    segment_ids: Int[Array, "B T"],
+    implementation: Implementation,
+    mesh: Mesh | None = None,
+    windows: tuple[int, ...] = (NO_WINDOW,),
 ) -> Callable[..., Float[Array, "B T O"]]:
-    """`attend(q, k, v)` of whole rows: a token attends to itself and to earlier columns of its own
-    segment.
+    """`attend(q, k, v, layer)` of whole rows: a token attends to the last `windows[layer]` columns
+    of its own segment up to itself. `layer` may be traced.
 
     q is `[B, T, N, H]`, k and v are `[B, T, K, H]`, and K divides N. On a `mesh`, splash attention
     is sharded: rows over `data` and `fsdp`, heads over `tensor`.
     """
     if implementation == "splash":
-        return partial(splash_attention, segment_ids=segment_ids, mesh=mesh)
+        # Its masks are static: a layer chooses among one kernel for each window.
+        kinds, number = _kinds_of(windows)
+        run = partial(splash_attention, segment_ids=segment_ids, mesh=mesh)
+        branches = [partial(run, window=window) for window in kinds]
+        return lambda q, k, v, layer=0: jax.lax.switch(number(layer), branches, q, k, v)
     columns = jnp.arange(segment_ids.shape[1])
-    mask = segment_mask(columns, segment_ids, columns, segment_ids)
-    return partial(fused_attention if implementation == "cudnn" else masked_attention, mask=mask)
+    distance = segment_distance(columns, segment_ids, columns, segment_ids)
+    run = fused_attention if implementation == "cudnn" else masked_attention
+    mask = by_layer(windows, partial(is_attended, distance))
+    return lambda q, k, v, layer=0: run(q, k, v, mask(layer))
 
 
-def segment_mask(q_columns, q_segments, k_columns, k_segments) -> Bool[Array, "B Q S"]:
-    """Whether a query column attends to a key column: itself or an earlier one of its segment."""
+def by_layer(values: tuple[Any, ...], make: Callable[[Any], Array]) -> Callable[[Any], Array]:
+    """`of(layer)`: what is made of the value of a layer, which may be traced. It is made once for
+    each different value, outside the loop over layers.
+    """
+    kinds, number = _kinds_of(values)
+    made = jnp.stack(list(map(make, kinds)))
+    return lambda layer: made[number(layer)]
+
+
+def _kinds_of(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], Callable[[Any], Any]]:
+    """The different values, and the number among them of that of a layer: static if all are 0."""
+    kinds = tuple(dict.fromkeys(values))
+    numbers = tuple(map(kinds.index, values))
+    return kinds, lambda layer: jnp.asarray(numbers)[layer] if len(kinds) > 1 else 0
+
+
+def segment_distance(q_columns, q_segments, k_columns, k_segments) -> Int[Array, "B Q S"]:
+    """How many columns a key stands before a query of its segment; negative if it stands behind it
+    or in another segment.
+    """
     is_same = q_segments[:, :, None] == k_segments[:, None, :]
-    return is_same & (k_columns[None, None, :] <= q_columns[None, :, None])
+    return jnp.where(is_same, q_columns[None, :, None] - k_columns[None, None, :], -1)
+
+
+def is_attended(distance: Int[Array, "B Q S"], window: int) -> Bool[Array, "B Q S"]:
+    """Whether a query attends to a key this far before it, if its window, which contains itself,
+    has this many tokens.
+    """
+    return (distance >= 0) & (distance < window)
 
 
 def masked_attention(
@@ -86,12 +121,19 @@ def fused_attention(
 
 
 def splash_attention(
-    q, k, v, segment_ids: Int[Array, "B T"], mesh: Mesh | None, interpret: bool = False
+    q,
+    k,
+    v,
+    segment_ids: Int[Array, "B T"],
+    mesh: Mesh | None,
+    window: int = NO_WINDOW,
+    interpret: bool = False,
 ) -> Float[Array, "B T O"]:
     """Causal attention within segments by the block-sparse flash kernel for TPU. `interpret` runs
     it on any device, slowly.
 
-    Blocks above the diagonal are skipped. Columns are padded to a multiple of 128.
+    Blocks above the diagonal or before the window are skipped. Columns are padded to a multiple of
+    128.
     """
     batch, length, heads, size = q.shape
     pad = -length % _LANES
@@ -99,7 +141,7 @@ def splash_attention(
     q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    run = partial(_splash_rows, interpret=interpret)
+    run = partial(_splash_rows, window=window, interpret=interpret)
     if mesh is not None and mesh.size > 1:
         # XLA cannot shard a kernel by itself. Axes that the mesh does not divide are replicated.
         rows = ROW_AXES if batch % num_row_shards(mesh) == 0 else None
@@ -110,7 +152,7 @@ def splash_attention(
 
 
 def _splash_rows(
-    q: Float[Array, "B N T H"], k, v, segment_ids, *, interpret: bool
+    q: Float[Array, "B N T H"], k, v, segment_ids, *, window: int, interpret: bool
 ) -> Float[Array, "B N T H"]:
     # Imported here: it takes a second and is needed only on TPU.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -120,8 +162,11 @@ def _splash_rows(
     of_forward = ("block_q", "block_kv", "block_kv_compute")
     of_dkv = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     names = (*of_forward, *of_dkv, "block_q_dq", "block_kv_dq")
+    mask = splash.CausalMask((length, length))
+    if window < length:
+        mask = splash.LocalMask((length, length), (window - 1, 0), 0)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+        splash.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
         head_shards=1,
         q_seq_shards=1,

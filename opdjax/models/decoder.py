@@ -16,9 +16,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from opdjax.models.attention import SPLASH_OUTPUT, Implementation, attend_within_segments
+from opdjax.models.attention import (
+    NO_WINDOW,
+    SPLASH_OUTPUT,
+    Implementation,
+    attend_within_segments,
+)
+from opdjax.models.blocks import linear, mlp, rms_norm
 from opdjax.models.partitioning import gathered, is_kept
-from opdjax.models.rope import Rope, inverse_frequencies
+from opdjax.models.rope import Rope, rotate, rotations
 from opdjax.ops.masked import starts_sequence
 from opdjax.ops.sharding import keep_rows
 from opdjax.ops.tile import Head
@@ -51,11 +57,35 @@ class DecoderConfig:
     rope: Rope
     norm_epsilon: float
     ties_embeddings: bool
-    has_qk_norm: bool
-    has_qkv_bias: bool
-    has_output_bias: bool
+    has_qk_norm: bool = False
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
+    has_pre_norms: bool = True  # of the inputs of attention and MLP
+    has_post_norms: bool = False  # of their outputs
+    norms_all_heads: bool = False  # the norms of queries and keys are over all heads at once
+    norm_offset: float = 0.0  # what norms add to their weights
+    embedding_scale: float = 1.0
+    query_scale: float = 1.0  # besides the usual 1/sqrt(head_size)
+    activation: Literal["silu", "gelu"] = "silu"  # gelu: its approximation by tanh
+    # Of each layer, where layers differ: the tokens that a token attends to, itself included, and
+    # the rotation. Empty: no windows, and `rope` in all layers.
+    layer_windows: tuple[int, ...] = ()
+    layer_ropes: tuple[Rope, ...] = ()
+    num_experts: int = 0  # of a layer, each of `intermediate_size`; 0: one MLP for all tokens
+    experts_per_token: int = 0
+    normalizes_experts: bool = False  # the weights of a token's experts add up to 1
     lora_scale: float = 1.0  # alpha / rank; used only if the parameters hold adapters
     attention: Implementation = "xla"
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Of each layer."""
+        return self.layer_windows or (NO_WINDOW,) * self.num_layers
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """Of each layer."""
+        return self.layer_ropes or (self.rope,) * self.num_layers
 
 
 def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
@@ -63,13 +93,21 @@ def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     d, f, h = config.hidden_size, config.intermediate_size, config.head_size
     q, kv = config.num_heads * h, config.num_kv_heads * h
     layer = {
-        **dict.fromkeys(("attention_norm", "mlp_norm"), (d,)),
         **dict.fromkeys(("k_kernel", "v_kernel"), (kv, d)),
-        **dict.fromkeys(("gate_kernel", "up_kernel"), (f, d)),
-        **{"q_kernel": (q, d), "o_kernel": (d, q), "down_kernel": (d, f)},
+        **{"q_kernel": (q, d), "o_kernel": (d, q)},
     }
+    if experts := config.num_experts:
+        layer |= dict.fromkeys(("expert_gate_kernel", "expert_up_kernel"), (experts, f, d))
+        layer |= {"router_kernel": (experts, d), "expert_down_kernel": (experts, d, f)}
+    else:
+        layer |= {"gate_kernel": (f, d), "up_kernel": (f, d), "down_kernel": (d, f)}
+    if config.has_pre_norms:
+        layer |= {"attention_norm": (d,), "mlp_norm": (d,)}
+    if config.has_post_norms:
+        layer |= {"attention_post_norm": (d,), "mlp_post_norm": (d,)}
     if config.has_qk_norm:
-        layer |= {"q_norm": (h,), "k_norm": (h,)}
+        is_whole = config.norms_all_heads
+        layer |= {"q_norm": (q if is_whole else h,), "k_norm": (kv if is_whole else h,)}
     if config.has_qkv_bias:
         layer |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
     if config.has_output_bias:
@@ -82,19 +120,23 @@ def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     return jax.tree.map(abstract, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def num_parameters(config: DecoderConfig) -> int:
-    """Elements of all parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+def num_parameters(config: DecoderConfig, *, of_token: bool = False) -> int:
+    """Elements of all parameters, or of those without the experts that a token does not use."""
+    unused = config.num_layers * (config.num_experts - config.experts_per_token) * of_token
+    size = 3 * config.hidden_size * config.intermediate_size  # of an expert
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config))) - unused * size
 
 
 def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Random parameters: norms 1, biases 0, embeddings N(0, 0.02²), kernels N(0, 1/in)."""
+    """Random parameters: norms 1 with their offset, biases 0, embeddings N(0, 0.02²), kernels
+    N(0, 1/in).
+    """
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
 
     def init(path, leaf, key):
         name = path[-1].key
         if name.endswith("norm"):
-            return jnp.ones(leaf.shape, dtype)
+            return jnp.full(leaf.shape, 1 - config.norm_offset, dtype)
         if name.endswith("bias"):
             return jnp.zeros(leaf.shape, dtype)
         scale = 0.02 if name in ("embedding", "head") else leaf.shape[-1] ** -0.5
@@ -135,78 +177,54 @@ def forward(
     output of splash attention.
     """
     needs_mesh = mesh is None and config.attention == "splash"
-    attend = attend_within_segments(segment_ids, "xla" if needs_mesh else config.attention, mesh)
-    rope = rope_angles(positions_of(segment_ids), config)
+    implementation = "xla" if needs_mesh else config.attention
+    attend = attend_within_segments(segment_ids, implementation, mesh, config.windows)
+    rope = rotations(positions_of(segment_ids), config.ropes, config.head_size)
 
-    def layer(x, weights):
+    def layer(x, numbered):
+        number, weights = numbered
         weights = gathered(weights, mesh)
-        q, k, v = project_qkv(x, weights, rope, config)
-        return keep_rows(finish_layer(x, attend(q, k, v), weights, config), mesh), None
+        q, k, v = project_qkv(x, weights, rope(number), config)
+        attended = attend(q, k, v, number)
+        return keep_rows(finish_layer(x, attended, weights, config, mesh), mesh), None
 
     embedding = gathered({"embedding": params["embedding"]}, mesh)["embedding"]
-    x = keep_rows(embedding[tokens], mesh)
+    x = keep_rows(embed(embedding, tokens, config), mesh)
     if remat != "none" or (mesh is not None and mesh.shape["fsdp"] > 1):
         # prevent_cse is not needed: the scan already keeps recomputation out of the forward pass.
         layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-    x, _ = jax.lax.scan(layer, x, params["layers"])
-    return rms_norm(x, params["final_norm"], config.norm_epsilon)
+    x, _ = jax.lax.scan(layer, x, (jnp.arange(config.num_layers), params["layers"]))
+    return rms_norm(x, params, "final_norm", config)
 
 
-def rms_norm(
-    x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float
-) -> Float[Array, "... D"]:
-    """RMS norm, computed in at least float32."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return normed.astype(x.dtype) * scale
-
-
-def rope_angles(positions: Int[Array, "B T"], config: DecoderConfig) -> tuple[Array, Array]:
-    """Cosines and sines `[B, T, 1, H/2]`, float32: bfloat16 cannot represent all integers above
-    256.
-    """
-    factor = config.rope.attention_factor
-    inverse = inverse_frequencies(config.rope, config.head_size)
-    angles = positions[:, :, None, None].astype(jnp.float32) * inverse
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def _rotate(x: Float[Array, "B T N H"], rope) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (h, h + H/2), as Hugging Face checkpoints do."""
-    cos, sin = (part.astype(x.dtype) for part in rope)
-    low, high = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-
-
-def _linear(
-    x: Float[Array, "B T I"], weights: Params, name: str, config: DecoderConfig
-) -> Float[Array, "B T O"]:
-    y = jnp.einsum("bti,oi->bto", x, weights[f"{name}_kernel"])
-    if f"{name}_lora_a" in weights:
-        low = jnp.einsum("bti,ri->btr", x, weights[f"{name}_lora_a"])
-        y += config.lora_scale * jnp.einsum("btr,or->bto", low, weights[f"{name}_lora_b"])
-    bias = weights.get(f"{name}_bias")
-    return y if bias is None else y + bias
+def embed(embedding: Float[Array, "V D"], tokens, config: DecoderConfig) -> Float[Array, "B T D"]:
+    """The inputs of the first layer."""
+    x = embedding[tokens]
+    return x if config.embedding_scale == 1 else x * jnp.asarray(config.embedding_scale, x.dtype)
 
 
 def project_qkv(x, weights, rope, config: DecoderConfig) -> tuple[Array, Array, Array]:
     """Queries `[B, T, N, H]` and keys `[B, T, K, H]` of one layer, both rotated, and values
     `[B, T, K, H]`.
     """
-    x = rms_norm(x, weights["attention_norm"], config.norm_epsilon)
-    q, k, v = (
-        _linear(x, weights, name, config).reshape(*x.shape[:2], -1, config.head_size)
-        for name in ("q", "k", "v")
-    )
-    if config.has_qk_norm:
-        q = rms_norm(q, weights["q_norm"], config.norm_epsilon)
-        k = rms_norm(k, weights["k_norm"], config.norm_epsilon)
-    return _rotate(q, rope), _rotate(k, rope), v
+    x = rms_norm(x, weights, "attention_norm", config)
+    by_head = lambda y: y.reshape(*x.shape[:2], -1, config.head_size)
+
+    def project(name):
+        y = linear(x, weights, name, config)
+        norm = lambda y: rms_norm(y, weights, f"{name}_norm", config)
+        return by_head(norm(y)) if config.norms_all_heads else norm(by_head(y))
+
+    q, k, v = map(project, ("q", "k", "v"))
+    q = q if config.query_scale == 1 else q * jnp.asarray(config.query_scale, q.dtype)
+    return rotate(q, rope), rotate(k, rope), v
 
 
-def finish_layer(x, attended, weights, config: DecoderConfig) -> Float[Array, "B T D"]:
-    """Output projection and the gated MLP, each added to the residual stream."""
-    x = x + _linear(attended, weights, "o", config)
-    y = rms_norm(x, weights["mlp_norm"], config.norm_epsilon)
-    gate, up = (_linear(y, weights, name, config) for name in ("gate", "up"))
-    return x + _linear(jax.nn.silu(gate) * up, weights, "down", config)
+def finish_layer(
+    x, attended, weights, config: DecoderConfig, mesh: Mesh | None = None
+) -> Float[Array, "B T D"]:
+    """Output projection and the MLP, each added to the residual stream."""
+    y = linear(attended, weights, "o", config)
+    x = x + rms_norm(y, weights, "attention_post_norm", config)
+    y = mlp(rms_norm(x, weights, "mlp_norm", config), weights, config, mesh)
+    return x + rms_norm(y, weights, "mlp_post_norm", config)

@@ -47,8 +47,6 @@ def directory_of(file: pathlib.Path) -> pathlib.Path:
     """The Hugging Face directory of a GGUF file, made by the first call and kept in the cache.
     CheckpointError for a file that cannot be converted.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file} does not exist; expected a GGUF file")
     stat = file.stat()
     identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -121,6 +119,11 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     for name in ("attention.value_length", "rope.dimension_count"):
         if own.get(name, head_size) != head_size:
             raise ValueError(f"{name} is {own[name]}; expected that of a head, {head_size}")
+    if own.get("attention.sliding_window"):
+        raise ValueError(
+            f"attention.sliding_window is {own['attention.sliding_window']}; expected none (the "
+            "file does not say which layers have it: use the model's safetensors)"
+        )
     config = {
         "architectures": [_CLASSES[kind]],
         "model_type": kind,

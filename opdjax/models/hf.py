@@ -5,7 +5,6 @@ name table.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 import hashlib
 import itertools
@@ -20,11 +19,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from opdjax.config import MINI_PAIR, MINI_STUDENT, MINI_TEACHER, STUDENT
-from opdjax.config.validation import nearest
 from opdjax.models.decoder import DecoderConfig, Params, abstract_params
 from opdjax.models.families import Family, family_of
 from opdjax.models.partitioning import WEIGHT_AXES, shardings_of
+from opdjax.models.places import find
 from opdjax.models.stored_tensors import (
     STORED_DTYPES,
     CheckpointError,
@@ -33,7 +31,6 @@ from opdjax.models.stored_tensors import (
     open_weights,
 )
 from opdjax.runs.bounds import CONFIG_BYTES, MODEL_SIZE, parse_json, read_bytes
-from opdjax.runs.object_store import is_remote, local_copy
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -41,6 +38,8 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # 
 _CONFIGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
 DTYPES = {"float32": STORED_DTYPES["F32"], "bfloat16": STORED_DTYPES["BF16"]}
 _SAMPLE_BYTES = 2**20
+# Where a tensor goes: a parameter, and its index there: none, a layer, or a layer and an expert.
+Place = tuple[str, tuple[int, ...]]
 _MAX_STOP_STRINGS = 100
 
 
@@ -79,7 +78,7 @@ def open_checkpoint(
 
     Without weights, config.json is enough, and only the configs of a repository are downloaded.
     """
-    path = _resolve(str(path_or_id), revision, _FILES if with_weights else _CONFIGS)
+    path = find(str(path_or_id), revision, _FILES if with_weights else _CONFIGS)
     if _is_adapter(path):
         return _open_adapted(path, with_weights)
     raw = _read_json(path / "config.json")
@@ -133,7 +132,7 @@ def _open_adapted(path: pathlib.Path, with_weights: bool) -> Checkpoint:
             "another adapter into its base with PEFT"
         )
     try:
-        base_path = _resolve(*base, _FILES if with_weights else _CONFIGS)
+        base_path = find(*base, _FILES if with_weights else _CONFIGS)
         if _is_adapter(base_path):
             raise CheckpointError(f"{base_path} is an adapter as well; merge that one first")
         checkpoint = open_checkpoint(base_path, with_weights=with_weights)
@@ -195,29 +194,35 @@ def load_params(
         raise CheckpointError(f"cannot load as {dtype!r}; expected one of {sorted(DTYPES)}")
     tensors = _Tensors(checkpoint.path)
     _check_tensors(checkpoint, tensors)
-    names = {place: tensor for tensor, place in tensor_places(checkpoint).items()}
     params = abstract_params(checkpoint.config, DTYPES[dtype])
+    parts = {}  # place -> its tensor, and its first row there
+    depths = {}  # parameter -> its stacked axes
+    for tensor, places in tensor_places(checkpoint).items():
+        starts = itertools.accumulate((_shape(params, each)[0] for each in places), initial=0)
+        parts |= {place: (tensor, start) for place, start in zip(places, starts)}
+        depths |= {name: len(index) for name, index in places}
     shardings = [] if mesh is None else [shardings_of(params, mesh, split_over)]
     pairs = adapter_matrices(checkpoint) if with_adapter else {}
 
     def fill(out, place, index):
-        tensor = tensors[names[place]]
+        name, start = parts[place]
+        first, last, _ = index[0].indices(_shape(params, place)[0])
+        stored, tensor = (slice(start + first, start + last), *index[1:]), tensors[name]
         if place not in pairs:
-            return tensor.read_into(out, index)
+            return tensor.read_into(out, stored)
         (a, b), (rows, columns) = pairs[place], index
         delta = checkpoint.adapter.scale * (b[rows] @ a[:, columns])
-        out[...] = tensor.mapped()[index].astype(np.float32) + delta
+        out[...] = tensor.mapped()[stored].astype(np.float32) + delta
 
     def load(path, leaf, sharding=None):
-        name, is_stacked = path[-1].key, len(path) == 2
+        name, depth = path[-1].key, depths[path[-1].key]
 
         def read(index):
             ranges = [range(*part.indices(size)) for part, size in zip(index, leaf.shape)]
             out = aligned_array(tuple(map(len, ranges)), leaf.dtype)
-            if not is_stacked:
-                fill(out, (name, None), index)
-            for row, layer in enumerate(ranges[0] if is_stacked else ()):
-                fill(out[row], (name, layer), index[1:])
+            for at in np.ndindex(out.shape[:depth]):
+                stacked = tuple(part[i] for part, i in zip(ranges, at))
+                fill(out[at], (name, stacked), index[depth:])
             return out
 
         if sharding is None:
@@ -227,26 +232,26 @@ def load_params(
     return jax.tree_util.tree_map_with_path(load, params, *shardings)
 
 
-def adapter_matrices(
-    checkpoint: Checkpoint,
-) -> dict[tuple[str, int | None], tuple[np.ndarray, np.ndarray]]:
-    """A `[r, in]` and B `[out, r]` in float32, by parameter and layer; empty without an adapter.
+def adapter_matrices(checkpoint: Checkpoint) -> dict[Place, tuple[np.ndarray, np.ndarray]]:
+    """A `[r, in]` and B `[out, r]` in float32, by place; empty without an adapter.
     CheckpointError for a tensor that is no adapter of a kernel, or of another shape.
     """
     if checkpoint.adapter is None:
         return {}
     file, rank = checkpoint.adapter.path / ADAPTER, checkpoint.adapter.rank
     stored, shapes, found = open_weights(file), tensor_shapes(checkpoint), {}
-    unread = set(stored)
-    for tensor, place in tensor_places(checkpoint).items():
+    params, unread = abstract_params(checkpoint.config), set(stored)
+    for tensor, places in tensor_places(checkpoint).items():
         module = f"base_model.model.{tensor.removesuffix('.weight')}"
         pair = tuple(f"{module}.lora_{letter}.weight" for letter in "AB")
-        if not place[0].endswith("_kernel") or not unread.issuperset(pair):
+        if not places[0][0].endswith("_kernel") or not unread.issuperset(pair):
             continue
         a, b = (stored[name] for name in pair)
         is_right = (*b.shape, *a.shape) == (shapes[tensor][0], rank, rank, shapes[tensor][1])
         if is_right and {a.kind, b.kind} <= set(STORED_DTYPES):
-            found[place] = tuple(each.mapped().astype(np.float32) for each in (a, b))
+            a, b = (each.mapped().astype(np.float32) for each in (a, b))
+            ends = itertools.accumulate(_shape(params, place)[0] for place in places)
+            found |= {place: (a, part) for place, part in zip(places, np.split(b, [*ends]))}
             unread -= set(pair)
     if unread or not found:
         raise CheckpointError(
@@ -271,35 +276,6 @@ def _place(
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _resolve(path_or_id: str, revision: str | None, wanted: tuple[str, ...]) -> pathlib.Path:
-    if path_or_id.startswith("@"):
-        return _built_in(path_or_id)
-    if path_or_id.lower().endswith(".gguf") and not is_remote(path_or_id):
-        from opdjax.models.gguf import directory_of
-
-        return directory_of(pathlib.Path(os.path.expanduser(path_or_id)))
-    if is_remote(path_or_id):
-        is_wanted = lambda name: any(fnmatch.fnmatch(name, pattern) for pattern in wanted)
-        return local_copy(path_or_id, is_wanted)
-    path = pathlib.Path(os.path.expanduser(path_or_id))
-    if path_or_id and path.is_dir():
-        return path
-    is_id = path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~"))
-    if not is_id:
-        raise CheckpointError(f"{path_or_id!r} is neither a directory nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        path = snapshot_download(path_or_id, revision=revision, allow_patterns=list(wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(
-            f"{path_or_id!r} is not a local directory, and downloading it from the hub failed: "
-            f"{error}"
-        ) from error
-    return pathlib.Path(path)
-
-
 def _student_of_run(workdir: pathlib.Path) -> pathlib.Path:
     """The student that a finished run has exported; CheckpointError if it is not there."""
     result = workdir / "result.json"
@@ -311,21 +287,6 @@ def _student_of_run(workdir: pathlib.Path) -> pathlib.Path:
             f"the run, or write a checkpoint's student with opdjax export {workdir} OUT"
         )
     return student
-
-
-def _built_in(name: str) -> pathlib.Path:
-    built_in = {MINI_TEACHER: MINI_PAIR / "teacher", MINI_STUDENT: MINI_PAIR / "student"}
-    if name == STUDENT:
-        raise CheckpointError(
-            f"{name!r} is a teacher's name for the student of its run; expected a model: a "
-            f"directory, a hub id or {MINI_STUDENT}"
-        )
-    if name not in built_in:
-        raise CheckpointError(
-            f"{name!r} is not a built-in model; {nearest(name, built_in)} (write ./{name} for a "
-            "directory of that name)"
-        )
-    return built_in[name]
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -410,25 +371,35 @@ class _Tensors:
         return held[name]
 
 
-def tensor_places(checkpoint: Checkpoint) -> dict[str, tuple[str, int | None]]:
-    """Tensor name -> its parameter and layer (None: not in a layer), as the config implies."""
+def tensor_places(checkpoint: Checkpoint) -> dict[str, list[Place]]:
+    """Tensor name -> its place, as the config implies. A tensor that fuses several parameters holds
+    the rows of one after those of the other.
+    """
     family, params = checkpoint.family, abstract_params(checkpoint.config)
     places = {
-        tensor: (name, None) for name, tensor in family.global_names.items() if name in params
+        tensor: [(name, ())] for name, tensor in family.global_names.items() if name in params
     }
-    layers = [each for each in family.layer_names.items() if each[0] in params["layers"]]
-    for (name, template), layer in itertools.product(layers, range(checkpoint.config.num_layers)):
-        places[template.format(i=layer)] = name, layer
+    for name, template in family.layer_names.items():
+        if name in params["layers"]:
+            stacked = params["layers"][name].shape[: 1 + ("{e}" in template)]
+            for index in np.ndindex(stacked):
+                tensor = template.format(i=index[0], e=index[-1])
+                places.setdefault(tensor, []).append((name, index))
     return places
 
 
 def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, as the config implies."""
-    params = abstract_params(checkpoint.config)
-    shape = lambda name, layer: (
-        params[name].shape if layer is None else params["layers"][name].shape[1:]
-    )
-    return {tensor: shape(*place) for tensor, place in tensor_places(checkpoint).items()}
+    params, shapes = abstract_params(checkpoint.config), {}
+    for tensor, places in tensor_places(checkpoint).items():
+        parts = [_shape(params, place) for place in places]
+        shapes[tensor] = (sum(part[0] for part in parts), *parts[0][1:])
+    return shapes
+
+
+def _shape(params: Params, place: Place) -> tuple[int, ...]:
+    name, index = place
+    return (params["layers"] if index else params)[name].shape[len(index) :]
 
 
 def _check_tensors(checkpoint: Checkpoint, tensors: _Tensors) -> None:

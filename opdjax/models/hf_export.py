@@ -174,10 +174,13 @@ def _write_files(params: Params, source: Checkpoint, dtype: np.dtype, out: pathl
         files[-1].append(name)
     places, weight_map, scale = tensor_places(source), {}, source.config.lora_scale
 
-    def read(tensor: str) -> np.ndarray:
-        name, layer = places[tensor]
-        array = params[name] if layer is None else merged(params, name, layer, scale)
+    def read_part(name: str, index: tuple[int, ...]) -> np.ndarray:
+        array = merged(params, name, index, scale) if index else params[name]
         return np.ascontiguousarray(np.asarray(to_host(array)).astype(dtype))
+
+    def read(tensor: str) -> np.ndarray:
+        parts = [read_part(*place) for place in places[tensor]]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     for number, names in enumerate(files, 1):
         file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"

@@ -1,11 +1,13 @@
 """The decoder with a key-value cache: the cache, and the forward pass that reads and extends it.
 
-Columns have no order: keys are stored rotated, and the caller passes which columns a token attends
-to. So all rows write the same column at the same time, although their texts differ in length.
+Columns have no order: keys are stored rotated, and the caller passes how far before a token each
+column's token stands. So all rows write the same column at the same time, although their texts
+differ in length.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from opdjax.models import decoder
-from opdjax.models.attention import segment_mask
+from opdjax.models.attention import by_layer, is_attended, segment_distance
+from opdjax.models.blocks import rms_norm
 from opdjax.models.decoder import DecoderConfig, Params
+from opdjax.models.rope import rotations
 from opdjax.ops.sharding import ROW_AXES
 
 _MAX_UNSTACKED = 8  # layers; compile time grows with them, because each is compiled separately
@@ -61,12 +65,16 @@ def split_layers(layers: Params, config: DecoderConfig) -> tuple[Params, ...]:
     False. Call it once per set of weights: it copies all of them.
 
     On a CPU, few rows are multiplied a fifth faster by kernels of layout `[in, out]`. The barrier
-    keeps XLA from undoing the transposition.
+    keeps XLA from undoing the transposition. Experts stay as they are.
     """
     if not is_unstacked(config):
         return (layers,)
-    layer = lambda i: jax.tree.map(lambda x: x[i].T, layers)
+    layer = lambda i: jax.tree.map(lambda x: _transposed(x[i]), layers)
     return jax.lax.optimization_barrier(tuple(map(layer, range(config.num_layers))))
+
+
+def _transposed(x: Array) -> Array:
+    return x.T if x.ndim == 2 else x
 
 
 def init_cache(
@@ -102,36 +110,42 @@ def forward_cached(
     positions: Int[Array, "B T"],
     cache: KVCache,
     column: Int[Array, ""] | int,
-    is_visible: Bool[Array, "B T S"],
+    distance: Int[Array, "B T S"],
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Hidden states after the final norm, and the cache with the tokens' keys and values in its
     columns `column : column + T` (of S).
 
-    `layer_params` are the layers of `params` by `split_layers`. `is_visible`: the columns that each
-    token attends to, including those written here. Columns that are not visible may hold anything.
+    `layer_params` are the layers of `params` by `split_layers`. `distance`: how many tokens of its
+    text a column's token stands before each token, for the columns written here too; negative if
+    the token does not attend to it. Such columns may hold anything.
     """
-    rope = decoder.rope_angles(positions, config)
+    rope = rotations(positions, config.ropes, config.head_size)
+    is_visible = by_layer(config.windows, partial(is_attended, distance))
 
     # Stacked arrays are part of the carry, which XLA updates in place; scanned inputs and outputs
     # would be copied.
-    def layer(carry, weights, index=None):
+    def layer(carry, weights, number, index=None):
         x, keys, values = carry
-        q, k, v = decoder.project_qkv(x, weights, rope, config)
+        q, k, v = decoder.project_qkv(x, weights, rope(number), config)
         keys, values = _write(keys, k, index, column), _write(values, v, index, column)
-        attended = _attend(q, _layer_of(keys, index), _layer_of(values, index), is_visible)
-        return decoder.finish_layer(x, attended, weights, config), keys, values
+        stored = _layer_of(keys, index), _layer_of(values, index)
+        attended = _attend(q, *stored, is_visible(number))
+        return decoder.finish_layer(x, attended, weights, config, mesh), keys, values
 
-    x, written = params["embedding"][tokens], []
-    for weights, *stored in zip(layer_params, cache.keys, cache.values):
+    x, written = decoder.embed(params["embedding"], tokens, config), []
+    for number, (weights, *stored) in enumerate(zip(layer_params, cache.keys, cache.values)):
         if is_unstacked(config):
-            x, *stored = layer((x, *stored), jax.tree.map(jnp.transpose, weights))
+            x, *stored = layer((x, *stored), jax.tree.map(_transposed, weights), number)
         else:
-            numbered = (weights, jnp.arange(config.num_layers))
+            numbers = jnp.arange(config.num_layers)
             (x, *stored), _ = jax.lax.scan(
-                lambda carry, each: (layer(carry, *each), None), (x, *stored), numbered
+                lambda carry, each: (layer(carry, *each), None),
+                (x, *stored),
+                (weights, numbers, numbers),
             )
         written.append(stored)
-    return decoder.rms_norm(x, params["final_norm"], config.norm_epsilon), KVCache(*zip(*written))
+    return rms_norm(x, params, "final_norm", config), KVCache(*zip(*written))
 
 
 def prefill(
@@ -145,12 +159,12 @@ def prefill(
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """The last hidden state of left-padded prompts, and a cache of T columns that holds them."""
     segments, columns = mask.astype(jnp.int32), jnp.arange(tokens.shape[1])
-    is_visible = segment_mask(columns, segments, columns, segments)
+    distance = segment_distance(columns, segments, columns, segments)
     wide = jnp.promote_types(params["embedding"].dtype, jnp.float32)
     cache = constrain(init_cache(config, *tokens.shape, dtype, wide), mesh)
     positions = decoder.positions_of(segments)
     hidden, cache = forward_cached(
-        params, layer_params, config, tokens, positions, cache, 0, is_visible
+        params, layer_params, config, tokens, positions, cache, 0, distance, mesh
     )
     return hidden[:, -1], constrain(cache, mesh)
 

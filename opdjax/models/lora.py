@@ -7,6 +7,7 @@ would use another function than the update. For the same reason there is no drop
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import get_args
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opdjax.config import LoraConfig, LoraTarget
+from opdjax.config.validation import require
 from opdjax.models.decoder import DecoderConfig, Params, abstract_params
 from opdjax.models.hf import Checkpoint, adapter_matrices
 
@@ -48,7 +50,7 @@ def continues(checkpoint: Checkpoint, lora: LoraConfig) -> bool:
     if adapter is None or adapter.rank != lora.rank or not math.isclose(adapter.scale, lora.scale):
         return False
     layers = range(checkpoint.config.num_layers)
-    wanted = {(f"{target}_kernel", layer) for target in lora.targets for layer in layers}
+    wanted = {(f"{target}_kernel", (layer,)) for target in lora.targets for layer in layers}
     return adapter_matrices(checkpoint).keys() == wanted
 
 
@@ -56,10 +58,30 @@ def stored_adapters(checkpoint: Checkpoint, lora: LoraConfig) -> Params:
     """The checkpoint's adapter in the form of `init_adapters`; host arrays."""
     matrices, layers = adapter_matrices(checkpoint), {}
     for target in lora.targets:
-        kernels = [matrices[f"{target}_kernel", n] for n in range(checkpoint.config.num_layers)]
+        numbers = range(checkpoint.config.num_layers)
+        kernels = [matrices[f"{target}_kernel", (layer,)] for layer in numbers]
         for letter, stacked in zip("ab", map(np.stack, zip(*kernels))):
             layers[f"{target}_lora_{letter}"] = stacked
     return {"layers": layers}
+
+
+def with_adapters(student: Checkpoint, lora: LoraConfig) -> Checkpoint:
+    """The checkpoint with the scale of a run's adapters. ConfigError for adapters of kernels that
+    share a tensor, which PEFT would adapt as one, and of experts.
+    """
+    names, kernels = student.family.layer_names, abstract_params(student.config)["layers"]
+    refused: dict[str, list[str]] = {}
+    for target in lora.targets if lora.rank else ():
+        name = f"{target}_kernel"
+        if name not in kernels:
+            refused.setdefault("are kernels of experts", []).append(target)
+        elif list(names.values()).count(names[name]) > 1:
+            refused.setdefault("share tensors", []).append(target)
+    for reason, targets in refused.items():
+        expected = f"others than {', '.join(targets)}, which {reason} in {student.path}"
+        require(False, "lora.targets", lora.targets, expected)
+    config = dataclasses.replace(student.config, lora_scale=lora.scale)
+    return dataclasses.replace(student, config=config)
 
 
 def combine(frozen: Params | None, trained: Params) -> Params:
@@ -77,13 +99,13 @@ def without_adapters(params: Params) -> Params:
     return {**params, "layers": layers}
 
 
-def merged(params: Params, name: str, layer: int, scale: float) -> jax.Array:
-    """Parameter `name` of one layer. A kernel with an adapter is W + `scale` B A in float32, to be
-    rounded once.
+def merged(params: Params, name: str, index: tuple[int, ...], scale: float) -> jax.Array:
+    """Parameter `name` of one layer, or of an expert of one. A kernel with an adapter is
+    W + `scale` B A in float32, to be rounded once.
     """
-    weight, target = params["layers"][name][layer], name.removesuffix("_kernel")
+    weight, target = params["layers"][name][index], name.removesuffix("_kernel")
     if f"{target}_lora_a" not in params["layers"]:
         return weight
-    a, b = (params["layers"][f"{target}_lora_{letter}"][layer] for letter in "ab")
+    a, b = (params["layers"][f"{target}_lora_{letter}"][index] for letter in "ab")
     product = jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
     return weight.astype(jnp.float32) + scale * product

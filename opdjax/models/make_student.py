@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from opdjax.models.families import layer_fields
 from opdjax.models.hf import Checkpoint, CheckpointError, load_params, open_checkpoint
 from opdjax.models.hf_export import export
 
@@ -51,7 +52,7 @@ def make_student(
     if noise:
         changes.append(f"kernels with noise of {noise:g} standard deviations, seed {seed}")
         draw = np.random.default_rng(seed).standard_normal
-        scaled = lambda kernel: noise * kernel.std(axis=(1, 2), keepdims=True)
+        scaled = lambda kernel: noise * kernel.std(axis=(-2, -1), keepdims=True)
         params["layers"] = _changed(
             params["layers"],
             lambda kernel: kernel + scaled(kernel) * draw(kernel.shape, np.float32),
@@ -60,15 +61,12 @@ def make_student(
 
 
 def _with_layers(source: Checkpoint, kept: list[int]) -> Checkpoint:
-    raw = source.raw_config | {"num_hidden_layers": len(kept)}
-    if kinds := raw.get("layer_types"):
-        raw["layer_types"] = [kinds[layer] for layer in kept]
-    config = dataclasses.replace(source.config, num_layers=len(kept))
-    return dataclasses.replace(source, raw_config=raw, config=config)
+    raw = source.raw_config | layer_fields(source.config, kept, source.raw_config)
+    return dataclasses.replace(source, raw_config=raw, config=source.family.read_config(raw))
 
 
 def _changed(layers: dict, change: Callable[[np.ndarray], np.ndarray]) -> dict:
-    """`layers` with their kernels `[layers, out, in]` changed."""
+    """`layers` with their kernels `[layers, (experts,) out, in]` changed."""
     return {
         name: change(np.asarray(leaf)) if name.endswith("_kernel") else leaf
         for name, leaf in layers.items()

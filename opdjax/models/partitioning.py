@@ -1,7 +1,8 @@
 """How parameters are sharded over a mesh, and where a layer's weights are gathered.
 
-`tensor` shards what a layer computes in parallel (heads, MLP width, vocabulary); `fsdp` shards the
-other axis of each kernel, which is gathered just before use. Small parameters are replicated.
+`tensor` shards what a layer computes in parallel (heads, MLP width or experts, vocabulary); `fsdp`
+shards the other axis of each kernel, which is gathered just before use. Small parameters are
+replicated.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ if TYPE_CHECKING:
 WEIGHT_AXES = ("fsdp", "tensor")  # shard the trained parameters and those that score
 # Shard the weights that sample: sharded over `fsdp` they would be gathered again for every token.
 SAMPLER_AXES = ("tensor",)
-# Kernels are [out, in]: one side of each is the residual stream, which `fsdp` shards.
+# Kernels are [out, in], or [experts, out, in]: one side of each is the residual stream, which
+# `fsdp` shards.
 _RULES = {
     **dict.fromkeys(("embedding", "head"), ("tensor", "fsdp")),
     **dict.fromkeys(
         ("q_kernel", "k_kernel", "v_kernel", "gate_kernel", "up_kernel"), ("tensor", "fsdp")
     ),
     **dict.fromkeys(("o_kernel", "down_kernel"), ("fsdp", "tensor")),
+    **dict.fromkeys(("expert_gate_kernel", "expert_up_kernel"), ("tensor", None, "fsdp")),
+    "expert_down_kernel": ("tensor", "fsdp", None),
     **dict.fromkeys(("q_bias", "k_bias", "v_bias"), ("tensor",)),
 }
 
@@ -74,7 +78,11 @@ def require_divides(config: DecoderConfig, mesh: dict[str, int], what: str) -> N
         "tensor": {
             "num_attention_heads": config.num_heads,
             "num_key_value_heads": config.num_kv_heads,
-            "intermediate_size": config.intermediate_size,
+            **(
+                {"num_experts": config.num_experts}
+                if config.num_experts
+                else {"intermediate_size": config.intermediate_size}
+            ),
             "vocab_size": config.vocab_size,
         },
     }

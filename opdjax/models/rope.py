@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
+
+from opdjax.models.attention import by_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +34,14 @@ class Rope:
     slow_rotations: float = 0.0  # pairs with at most as many are stretched by the whole factor
     fast_rotations: float = 0.0  # pairs with at least as many are not stretched
     rounds_range: bool = True  # yarn: the range between the two starts and ends at a whole pair
+    rotated: float = 1.0  # the part of a head's dimensions, from the first, that rotates
     attention_factor: float = 1.0  # of cosines and sines; attention logits get its square
 
 
-def inverse_frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " H/2"]:
+UNROTATED = Rope(1.0, "linear", factor=math.inf)  # every angle is 0
+
+
+def inverse_frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " R/2"]:
     """Radians per token of each pair, float32: f_i (k_i + (1 - k_i) / factor), with
     f_i = theta^(-2i/H).
 
@@ -40,10 +49,34 @@ def inverse_frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " H/2"]
     with Llama 3.1) and `yarn` (arXiv 2309.00071, section 3.2) it grows with the pair's rotations.
     Equals transformers' `modeling_rope_utils.py`. Computed in float64 at trace time.
     """
+    head_size = int(head_size * rope.rotated)
     pairs = np.arange(head_size // 2)
     frequencies = float(rope.theta) ** (-2 * pairs / head_size)
     kept = _KEPT[rope.kind](rope, head_size, frequencies)
     return (frequencies * (kept + (1 - kept) / rope.factor)).astype(np.float32)
+
+
+def rotations(
+    positions: Int[Array, "B T"], ropes: tuple[Rope, ...], head_size: int
+) -> Callable[[Any], Float[Array, "2 B T 1 R/2"]]:
+    """`rotation(layer)`: cosines and sines of the rotated dimensions, float32: bfloat16 cannot
+    represent all integers above 256. `layer`, which may be traced, counts `ropes`.
+    """
+
+    def rotation(rope: Rope) -> Float[Array, "2 B T 1 R/2"]:
+        angles = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies(
+            rope, head_size
+        )
+        return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.attention_factor
+
+    return by_layer(ropes, rotation)
+
+
+def rotate(x: Float[Array, "B T N H"], rotation) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (h, h + R/2) of the first R dimensions, as Hugging Face checkpoints do."""
+    cos, sin = rotation.astype(x.dtype)
+    low, high, rest = jnp.split(x, [cos.shape[-1], 2 * cos.shape[-1]], axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin, rest], axis=-1)
 
 
 def yarn_attention_factor(

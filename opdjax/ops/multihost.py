@@ -7,11 +7,12 @@ The work directory is on storage that all of them can read.
 
 from __future__ import annotations
 
+import operator
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -100,6 +101,14 @@ def from_process_zero(action: Callable[[], np.ndarray], like: np.ndarray) -> np.
     if jax.process_count() == 1:
         return found
     return multihost_utils.broadcast_one_to_all(found if is_process_zero() else like)
+
+
+def numbers_from_process_zero(
+    names: Sequence[str], read: Callable[[], Mapping[str, float]]
+) -> dict[str, float]:
+    """The numbers of these names that process zero reads in its files, in every process."""
+    values = lambda: np.array(operator.itemgetter(*names)(read()), float)
+    return dict(zip(names, from_process_zero(values, np.zeros(len(names))).tolist()))
 
 
 def agreed(value: bool) -> bool:

@@ -172,6 +172,7 @@ def describe(model: str) -> dict[str, Any]:
         "files": check_files((checkpoint.adapter or checkpoint).path),
         "architecture": checkpoint.raw_config["architectures"][0],
         "parameters": num_parameters(checkpoint.config),
+        "parameters of a token": num_parameters(checkpoint.config, of_token=True),
         "stored dtype": checkpoint.stored_dtype,
         **{name: value for name, value in fields.items() if name not in RUN_FIELDS},
         "tokenizer ids": num_ids(checkpoint, tokenizer),

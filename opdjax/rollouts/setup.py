@@ -32,7 +32,7 @@ from opdjax.judge.prompts import template_versions
 from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Implementation
 from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
-from opdjax.models.lora import combine, continues, init_adapters, stored_adapters
+from opdjax.models.lora import combine, continues, init_adapters, stored_adapters, with_adapters
 from opdjax.models.partitioning import SAMPLER_AXES, constrain, require_divides, shardings_of
 from opdjax.ops.multihost import on_process_zero
 from opdjax.ops.sharding import is_process_zero, make_mesh, num_row_shards
@@ -157,9 +157,8 @@ def as_recorded(config: Config, setup: Setup) -> Config:
 
 def open_student(config: Config) -> Checkpoint:
     """The student's checkpoint, with the scale of the run's adapters and its stop strings."""
-    student = open_checkpoint(*config.student.place)
-    model = dataclasses.replace(student.config, lora_scale=config.lora.scale)
-    return _with_stop_strings(dataclasses.replace(student, config=model), config)
+    student = with_adapters(open_checkpoint(*config.student.place), config.lora)
+    return _with_stop_strings(student, config)
 
 
 def open_teacher(config: Config) -> Checkpoint:

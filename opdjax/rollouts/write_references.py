@@ -125,7 +125,7 @@ def _locked_index(references: str) -> Iterator[tuple[pathlib.Path, Callable[[], 
                 upload = lambda: None
         except WorkdirError as error:
             found = f"cannot be written: {error.__cause__}"
-            if is_remote(references) or isinstance(error.__cause__, BlockingIOError):
+            if error.__cause__ is None:
                 found = "is being written by another opdjax references: wait for it"
             raise ReferenceIndexError(
                 f"data.references, {references}, {found}, or name another file"

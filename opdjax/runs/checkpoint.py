@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -53,16 +54,36 @@ _RECORD = "opdjax"  # name of what is stored beside the arrays: digests, scores,
 
 class _Handler(ocp.StandardCheckpointHandler):
     """Orbax's own handler of a tree of arrays, which also calls `_Save.complete` in the background:
-    before orbax writes the custom metadata, from the dict that it was given.
+    before orbax writes the custom metadata, from the dict that it was given. `failures` are those
+    of this process in the background.
     """
+
+    def __init__(self):
+        super().__init__()
+        self.failures: list[Exception] = []
 
     async def async_save(self, directory: epath.Path, args: _Save) -> list[ocp.future.Future]:
         awaited = await super().async_save(directory, args=args)
-        return [*awaited, ocp.future.ChainedFuture([], args.complete)]
+        return [_Watched([*awaited, ocp.future.ChainedFuture([], args.complete)], self.failures)]
 
     @classmethod
     def typestr(cls) -> str:  # what is stored is what orbax's own handler reads
         return ocp.StandardCheckpointHandler.typestr()
+
+
+@dataclasses.dataclass
+class _Watched:
+    """The results of futures; a failure is kept in a list, too."""
+
+    futures: list[ocp.future.Future]
+    failures: list[Exception]
+
+    def result(self, timeout: int | None = None) -> None:
+        try:
+            ocp.future.ChainedFuture(self.futures, lambda: None).result(timeout)
+        except Exception as error:
+            self.failures.append(error)
+            raise
 
 
 @dataclasses.dataclass
@@ -148,6 +169,7 @@ class Checkpointer:
 
         args = _Save(state, complete=complete)
         with self._writing():
+            self._raise_own_failure()
             self._manager.save(step, args=args, metrics=evaluation, custom_metadata=stored)
 
     @contextlib.contextmanager
@@ -257,12 +279,24 @@ class Checkpointer:
     def wait(self) -> None:
         """Wait until all saved states are on disk."""
         with self._writing():
+            self._raise_own_failure()
             self._manager.wait_until_finished()
+
+    def _raise_own_failure(self) -> None:
+        """Await the save in progress of a run of several processes. Where it fails in this one,
+        orbax waits ten minutes and more for the others, which wait for it.
+        """
+        if jax.process_count() > 1:
+            while self._manager.is_saving_in_progress() and not self._handler.failures:
+                time.sleep(0.01)
+            if self._handler.failures:
+                raise self._handler.failures[0]
 
     def close(self) -> None:
         """Finish pending writes and close the directory."""
         with self._writing():
-            self._manager.close()
+            if jax.process_count() == 1 or not self._handler.failures:
+                self._manager.close()
 
 
 @functools.cache

@@ -15,12 +15,12 @@ import json
 import os
 import platform
 import signal
+import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from opdjax.runs.object_store import Folder, RemoteError
 from opdjax.runs.workdir import NUMBER, WorkdirError, parse_row
@@ -36,73 +36,55 @@ class LeaseLostError(RuntimeError):
     exit_status = LOST
 
 
-class Holder(NamedTuple):
-    """Content of the highest lease object."""
+def holder_of(folder: Folder) -> dict[str, Any]:
+    """What the current or last holder of the lease of a folder wrote into its object, and the
+    `number` of that; empty if there never was one. WorkdirError if the object is damaged.
 
-    number: int
-    about: dict[str, Any]
-
-    @property
-    def is_released(self) -> bool:
-        """Whether the holder released the lease."""
-        return bool(self.about.get("released"))
-
-
-def holder_of(folder: Folder) -> Holder | None:
-    """The current or last holder of the lease of a folder; None if there never was one.
-    WorkdirError if its object is damaged.
+    `released` is true if the lease is free, `time` and `clock` are those of the last renewal.
     """
     names = folder.subfolder(".lease").files()
     number = max(map(int, filter(str.isdecimal, names)), default=0)
     if not number:
-        return None
+        return {}
     content, place = folder.read(_name(number)) or b"", f"{folder.url}/{_name(number)}"
     numbers = dict.fromkeys(("seconds", "time", "clock"), NUMBER)
-    return Holder(number, parse_row(content, place, owner=str, host=str, **numbers))
+    return parse_row(content, place, owner=str, host=str, **numbers) | {"number": number}
 
 
 class ExpiryWatch:
     """Finds out by this process's clock whether a lease has expired."""
 
     def __init__(self):
-        self._seen: Holder | None = None
+        self.seen: dict[str, Any] = {}  # the last holder, at its last renewal
         self._since = 0.0
 
-    def is_free(self, holder: Holder | None) -> bool:
+    def is_free(self, holder: dict[str, Any]) -> bool:
         """Whether the lease may be taken, given the holder that was found now."""
-        if holder is None or holder.is_released:
+        if not holder or holder.get("released"):
             return True
-        if self._seen != holder:
-            self._seen, self._since = holder, time.monotonic()
-        return time.monotonic() - self._since > holder.about["seconds"]
+        if self.seen != holder:
+            self.seen, self._since = holder, time.monotonic()
+        return time.monotonic() - self._since > holder["seconds"]
 
 
-def _exit_now(error: LeaseLostError) -> None:
-    # Without cleanup: what this process is writing may not be finished in any orderly way.
-    print(f"opdjax: {error}", file=sys.stderr, flush=True)
-    os._exit(LOST)
-
-
-class Lease(contextlib.AbstractContextManager):
+class Lease:
     """A lease held by this process. `start` renews it in the background until `release`.
 
-    A child process with `environment` takes it over: its `acquire` creates the next number for the
-    same owner and renews it, while this process only looks on.
+    A `child` process with `environment` takes it over: its `acquire` creates the next number for
+    the same owner and renews it, while this process only looks on.
     """
 
     descriptors: tuple[int, ...] = ()  # files that a child needs to hold it too
 
     def __init__(self, folder: Folder, number: int, about: dict[str, Any], renewed: float):
         self.number, self.seconds = number, about["seconds"]
+        # The variables with which a child process holds this lease too.
+        self.environment = {_INHERITED: f"{folder.url} {about['owner']}"}
+        self.child: subprocess.Popen | None = None  # the leader of a process group
         self._folder, self._about, self._renewed = folder, about, renewed
         self._top = number  # higher while a child holds the lease
-        self._is_lost, self._child = False, None
+        self._is_lost = False
         self._stopped, self._lock = threading.Event(), threading.Lock()
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The environment variables with which a child process holds this lease too."""
-        return {_INHERITED: f"{self._folder.url} {self._about['owner']}"}
 
     @property
     def is_lost(self) -> bool:
@@ -126,10 +108,11 @@ class Lease(contextlib.AbstractContextManager):
             began = time.monotonic()  # no watcher can see the object before
             if self._top <= self.number:
                 self._write()
-            self._top, about = holder_of(self._folder) or (0, self._about)
+            holder = holder_of(self._folder)
+            self._top = holder.get("number", 0)
             if self._top > self.number:
-                self._is_lost |= about["owner"] != self._about["owner"]
-                began = about["clock"]  # monotonic clock of this machine, the same for a child
+                self._is_lost |= holder["owner"] != self._about["owner"]
+                began = holder["clock"]  # monotonic clock of this machine, the same for a child
             self.check()  # again: the requests may have taken longer than the lease lasts
             self._renewed = began
 
@@ -137,9 +120,9 @@ class Lease(contextlib.AbstractContextManager):
         """Add values (step, num_steps) that other processes see after the next renewal."""
         self._about = {**self._about, **progress}
 
-    def start(self, on_lost: Callable[[LeaseLostError], Any] = _exit_now) -> Lease:
-        """Renew in the background. Once the lease is lost, kill the child and call `on_lost`; by
-        default, end this process.
+    def start(self, ends_process: bool = True) -> Lease:
+        """Renew in the background. Once the lease is lost, kill the child's process group, and by
+        default end this process.
         """
 
         def renew():
@@ -156,57 +139,48 @@ class Lease(contextlib.AbstractContextManager):
                 try:
                     self.check()
                 except LeaseLostError as error:
-                    self._kill_child()
-                    on_lost(error)
-                    return
+                    if self.child is not None and self.child.poll() is None:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.killpg(self.child.pid, signal.SIGKILL)
+                    if ends_process:
+                        # Without cleanup: nothing that is being written may be finished.
+                        print(f"opdjax: {error}", file=sys.stderr, flush=True)
+                        os._exit(LOST)
 
         for target in (renew, watch):
             threading.Thread(target=target, daemon=True, name=f"lease-{target.__name__}").start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
     def release(self) -> None:
         """Give the lease back, to the next process at once, or to the parent process."""
         self._stopped.set()
         with self._lock:
-            if self._about["owner"] != _inherited_owner(self._folder) and not self.is_lost:
+            is_inherited = self.environment.items() <= os.environ.items()
+            if not is_inherited and not self.is_lost:
                 self.record_progress(released=True)
                 self._write()
 
     def _write(self) -> None:
         self._folder.write(_name(self.number), _content(self._about))
 
-    def child_started(self, pid: int) -> None:
-        """From now on a lost lease kills this child and its process group."""
-        self._child = pid
-        if self.is_lost:
-            self._kill_child()
-
     def child_ended(self) -> None:
-        """Take the lease back, if it is not lost; see `is_lost`."""
-        self._child = None
+        """Hold the lease again once the child has ended, if it is not lost; see `is_lost`."""
         with contextlib.suppress(LeaseLostError):
             self.renew()
             self.number = max(self.number, self._top)
-
-    def _kill_child(self) -> None:
-        if self._child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._child, signal.SIGKILL)
 
 
 def try_acquire(folder: Folder, watch: ExpiryWatch) -> Lease | None:
     """The lease of a folder, else None: if it is free, `watch` saw it expire, or the parent process
     holds it and shares it with this one.
     """
-    holder, owner = holder_of(folder), _inherited_owner(folder)
-    if holder is None or holder.about["owner"] != owner:
+    holder = holder_of(folder)
+    owner, number = holder.get("owner", ""), holder.get("number", 0) + 1
+    if os.environ.get(_INHERITED) != f"{folder.url} {owner}":
         if not watch.is_free(holder):
             return None
         owner = uuid.uuid4().hex
-    number, began = (holder.number if holder else 0) + 1, time.monotonic()
+    began = time.monotonic()
     about = {"owner": owner, "host": platform.node(), "seconds": lease_seconds()}
     is_first = folder.create(_name(number), _content(about))
     return Lease(folder, number, about, began) if is_first else None
@@ -214,16 +188,15 @@ def try_acquire(folder: Folder, watch: ExpiryWatch) -> Lease | None:
 
 def acquire(folder: Folder) -> Lease:
     """The lease of a folder, once it is free or expires; WorkdirError if its holder renews it."""
-    watch, first = ExpiryWatch(), None
+    watch, first = ExpiryWatch(), {}
     while (lease := try_acquire(folder, watch)) is None:
-        holder = holder_of(folder)
-        if first is None and holder is not None:
-            first, wait = holder, f"waiting up to {holder.about['seconds']:.0f} s"
-            last = f"{folder.url} was last written by a run on {holder.about['host']}"
+        if watch.seen and not first:
+            first, wait = watch.seen, f"waiting up to {watch.seen['seconds']:.0f} s"
+            last = f"{folder.url} was last written by a run on {first['host']}"
             print(f"{last}; {wait} to see whether it still runs")
-        if holder not in (None, first) and not holder.is_released:
+        if watch.seen != first:
             raise WorkdirError(
-                f"{folder.url} is being written by another run on {holder.about['host']}; wait for "
+                f"{folder.url} is being written by another run on {watch.seen['host']}; wait for "
                 "it or choose another --workdir"
             )
         time.sleep(min(1.0, lease_seconds() / 20))
@@ -233,11 +206,6 @@ def acquire(folder: Folder) -> Lease:
 def lease_seconds() -> float:
     """Duration of new leases: $OPDJAX_LEASE_SECONDS, or a minute."""
     return float(os.environ.get("OPDJAX_LEASE_SECONDS", _SECONDS))
-
-
-def _inherited_owner(folder: Folder) -> str | None:
-    url, _, owner = os.environ.get(_INHERITED, "").rpartition(" ")
-    return owner if url == folder.url else None
 
 
 def _content(about: dict[str, Any]) -> bytes:

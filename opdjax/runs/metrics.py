@@ -58,7 +58,6 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: pathlib.Path, *, last_step: int, config: Config):
-        require_trackers(config.log.trackers)
         self._file = workdir / "metrics.jsonl"
         cut_lines(self._file, last_step)
         open_named = partial(_open_tracker, workdir=workdir, last_step=last_step, config=config)

@@ -27,8 +27,8 @@ _HEAVY = (
     r"(.*/)?((checkpoints|student|student_adapter|published|\.lease|\.teach.*)/"
     r"|rollouts/.*/(?!filter-)|replies\.sqlite)"
 )
-# Written by the sweep that the run is a point of, by orbax, or by the lease.
-_NOT_OF_THE_RUN = r"(point\.json|attempts\.jsonl|log\.txt|failure\.json|checkpoints/|\.lease/)"
+# Written by the runner of a sweep, by orbax, or by the lease.
+_NOT_OF_THE_RUN = r"(attempts\.jsonl|log\.txt|failure\.json|checkpoints/|\.lease/)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class WorkdirMirror:
     directory: pathlib.Path
     _folder: Folder | None = None
     _lease: Lease | None = None
-    _wanted: Wanted = lambda name: not re.match(_NOT_OF_THE_RUN, name) and name != _RESULT
+    _wanted: Wanted | None = None
 
     @property
     def name(self) -> str:
@@ -59,7 +59,8 @@ class WorkdirMirror:
         """Upload what has changed; LeaseLostError, before any upload, if the lease is lost."""
         if self._lease:
             self._lease.renew()
-            self._folder.upload(self.directory, self._wanted)
+            is_wanted = lambda name: name != _RESULT and self._wanted(name)
+            self._folder.upload(self.directory, is_wanted)
             self._lease.check()
 
     def finish(self) -> None:
@@ -70,11 +71,6 @@ class WorkdirMirror:
                 raise LeaseLostError(
                     f"{self.name} has the result of another process; this one's is not written"
                 )
-
-    def download_result(self) -> None:
-        """Download the result that process zero wrote; for the other processes of a run."""
-        if self._folder and not self._lease:
-            self._folder.download(self.directory, lambda name: name == _RESULT)
 
 
 @contextlib.contextmanager
@@ -88,13 +84,7 @@ def open_workdir(workdir: str | os.PathLike) -> Iterator[WorkdirMirror]:
         return
     folder = Folder(workdir)
     with _leased(folder, folder) as mirror:
-        _download(folder, mirror.directory)
-        try:
-            yield mirror
-        except BaseException:
-            with contextlib.suppress(OSError, LeaseLostError):  # the error of the run is reported
-                mirror.upload()
-            raise
+        yield mirror
         if (mirror.directory / _RESULT).exists():
             shutil.rmtree(mirror.directory)  # all of it is uploaded
 
@@ -108,21 +98,18 @@ def open_remote_file(url: str, role: str) -> Iterator[tuple[pathlib.Path, Callab
     folder = Folder(parent, is_flat=True)
     wanted = lambda found: found == name or found.startswith(f"{name}.")
     with _leased(folder.subfolder(f".{role}-{name}"), folder, wanted) as mirror:
-        folder.download(mirror.directory, wanted)
-        try:
-            yield mirror.directory / name, mirror.upload
-        finally:
-            mirror.upload()
+        yield mirror.directory / name, mirror.upload
+        mirror.upload()
 
 
 def scratch_workdir(workdir: str | os.PathLike, process: int) -> WorkdirMirror:
-    """The work directory of a process other than process zero; its files are never uploaded."""
+    """The work directory of a process other than process zero, which alone reads and writes its
+    files; on gs:// it has none.
+    """
     if not is_remote(workdir):
         return WorkdirMirror(pathlib.Path(workdir))
     folder = Folder(workdir)
-    directory = scratch_of(folder.url, f"process{process}")
-    _download(folder, directory)
-    return WorkdirMirror(directory, folder)
+    return WorkdirMirror(scratch_of(folder.url, f"process{process}"), folder)
 
 
 @contextlib.contextmanager
@@ -138,25 +125,32 @@ def read_only_workdir(
         yield mirror
 
 
-def _download(folder: Folder, directory: pathlib.Path) -> None:
-    is_finished = folder.tag(_RESULT) is not None
-    # A run reads the day on which its sweep began.
-    is_read = lambda name: name == "point.json" or not re.match(_NOT_OF_THE_RUN, name)
-    is_wanted = lambda name: is_read(name) and not (is_finished and "/" in name)
-    folder.download(directory, is_wanted)
-
-
 @contextlib.contextmanager
-def _leased(leased: Folder, folder: Folder, *wanted: Wanted) -> Iterator[WorkdirMirror]:
-    """Hold the lease of a folder; yield the copy of `folder` that belongs to this holder alone."""
-    with acquire(leased).start() as lease:
-        directory = scratch_of(leased.url, "workdirs") / str(lease.number)
+def _leased(
+    leased: Folder,
+    folder: Folder,
+    wanted: Wanted = lambda name: not re.match(_NOT_OF_THE_RUN, name),
+) -> Iterator[WorkdirMirror]:
+    """Hold the lease of a folder; yield the copy of `folder` that belongs to this holder alone, and
+    upload it if the caller fails.
+    """
+    lease = acquire(leased).start()
+    directory = scratch_of(leased.url, "workdirs") / str(lease.number)
+    with contextlib.ExitStack() as at_end, _errors_name_url(folder.url, directory):
+        at_end.callback(lease.release)
         for old in directory.parent.glob("*"):
             # The last holders may have been paused: they need their files until they see the loss.
             if int(old.name) < lease.number - 2:
                 shutil.rmtree(old, ignore_errors=True)
-        with _errors_name_url(folder.url, directory):
-            yield WorkdirMirror(directory, folder, lease, *wanted)
+        is_finished = folder.tag(_RESULT) is not None  # then only what lies directly there is read
+        folder.download(directory, lambda name: wanted(name) and not (is_finished and "/" in name))
+        mirror = WorkdirMirror(directory, folder, lease, wanted)
+        try:
+            yield mirror
+        except BaseException:
+            with contextlib.suppress(OSError, LeaseLostError):  # the caller's error is reported
+                mirror.upload()
+            raise
 
 
 @contextlib.contextmanager

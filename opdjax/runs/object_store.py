@@ -42,14 +42,12 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def url_of(path: str | os.PathLike) -> str:
-    """The URL in its proper spelling; RemoteError for a scheme other than gs://."""
+    """The URL in its proper spelling; RemoteError unless it names a bucket of gs://."""
     scheme, rest = re.fullmatch(r"([a-z][a-z0-9]+):/+(.*)", str(path), re.DOTALL).groups()
     url = f"{scheme}://{rest.strip('/')}"
-    expected = "expected a local path or gs://BUCKET/NAME"
-    if scheme != "gs":
+    if scheme != "gs" or url == "gs://":
+        expected = "expected a local path or gs://BUCKET/NAME"
         raise RemoteError(f"{url} cannot be read or written; {expected}")
-    if url == "gs://":
-        raise RemoteError(f"{url} names no bucket; {expected}")
     return url
 
 
@@ -71,9 +69,8 @@ class Folder:
     """
 
     def __init__(self, url: str | os.PathLike, is_flat: bool = False):
-        self.url = url_of(url)
-        self._root, self._is_flat = self.url.removeprefix("gs://"), is_flat
-        self._files = _file_system()
+        self.url, self._is_flat = url_of(url), is_flat
+        self._files = _file_systems()(path=self.url)
         self._synced: dict[str, Tag] = {}  # files when they were last downloaded or uploaded
 
     def subfolder(self, name: str, is_flat: bool = False) -> Folder:
@@ -82,14 +79,12 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         """Content of an object; None if there is none."""
-        with self._errors(), contextlib.suppress(FileNotFoundError):
-            return self._files.cat_file(self._path(name))
-        return None
+        return self._found(self._files.cat_file, name)
 
     def write(self, name: str, data: bytes) -> None:
         """Create or replace an object; readers see the old content or the new one."""
         with self._errors(is_write=True):
-            self._files.pipe_file(self._path(name), data)
+            self._files.pipe_file(name, data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Create an object; False if it exists. Of several concurrent calls one succeeds.
@@ -97,35 +92,28 @@ class Folder:
         `data` must differ from what any other process would write: it shows that a request whose
         response was lost was our own.
         """
-        with self._errors(is_write=True):
-            try:
-                self._files.pipe_file(self._path(name), data, mode="create")
-            except FileExistsError:
-                return self.read(name) == data
+        with contextlib.suppress(FileExistsError), self._errors(is_write=True):
+            self._files.pipe_file(name, data, mode="create")
             return True
+        return self.read(name) == data
 
     def remove(self, name: str) -> None:
         """Remove an object if it exists."""
-        with self._errors(), contextlib.suppress(FileNotFoundError):
-            self._files.rm_file(self._path(name))
+        self._found(self._files.rm_file, name)
 
     def tag(self, name: str = "") -> Tag | None:
         """The version of an object; None if there is no object."""
-        info: dict[str, Any] = {"type": "missing"}
-        with self._errors(), contextlib.suppress(FileNotFoundError):
-            info = self._files.info(self._path(name))
-        return _tag(info) if info["type"] == "file" else None
+        info = self._found(self._files.info, name)
+        return _tag(info) if info and info["type"] == "file" else None
 
     def files(self) -> dict[str, Tag]:
         """The objects in this folder: name -> version."""
-        infos: Iterable[dict[str, Any]] = ()
-        with self._errors(), contextlib.suppress(FileNotFoundError):
-            if self._is_flat:
-                infos = self._files.ls(self._root, detail=True)
-            else:
-                infos = self._files.find(self._root, detail=True).values()
-        found = [info for info in infos if info["type"] == "file" and info["name"][-1] != "/"]
-        return {info["name"].removeprefix(self._root).lstrip("/"): _tag(info) for info in found}
+        if self._is_flat:
+            listed = {info["name"]: info for info in self._found(self._files.ls, "") or ()}
+        else:
+            listed = self._found(self._files.find, "", detail=True) or {}
+        is_object = lambda name: listed[name]["type"] == "file" and not name.endswith("/")
+        return {name: _tag(listed[name]) for name in filter(is_object, listed)}
 
     def download_file(self, name: str, file: pathlib.Path, tag: Tag) -> None:
         """Copy an object, if it exists and has changed, to a file, whole or not at all."""
@@ -136,7 +124,7 @@ class Folder:
         with contextlib.ExitStack() as cleanup, contextlib.suppress(FileNotFoundError):
             cleanup.callback(partial.unlink, missing_ok=True)
             with self._errors():
-                self._files.get_file(self._path(name), str(partial))
+                self._files.get_file(name, str(partial))
             os.utime(partial, ns=(tag[0], tag[0]))
             partial.replace(file)
             for log in ("-wal", "-shm"):  # of a replaced database
@@ -147,7 +135,7 @@ class Folder:
         try:
             with tempfile.TemporaryDirectory() as scratch, self._errors(is_write=True):
                 source = _snapshot(file, scratch) if file.suffix in _SQLITE else file
-                self._files.put_file(str(source), self._path(name))
+                self._files.put_file(str(source), name)
         except FileNotFoundError:
             if file.exists():
                 raise
@@ -181,8 +169,10 @@ class Folder:
         in_parallel(upload, groups.values())
         self._synced = local
 
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}".rstrip("/")
+    def _found(self, request: Callable[..., Any], name: str, **options: Any) -> Any:
+        """The response to a request; None if there is no such object or folder."""
+        with self._errors(), contextlib.suppress(FileNotFoundError):
+            return request(name, **options)
 
     @contextlib.contextmanager
     def _errors(self, is_write: bool = False) -> Iterator[None]:
@@ -196,7 +186,7 @@ class Folder:
                     f"{self.url} cannot be written: there is no such bucket; create it first"
                 ) from error
             raise
-        except (FileExistsError, RemoteError):
+        except FileExistsError:
             raise
         except _library_errors() as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -241,14 +231,16 @@ def open_output(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 @functools.cache
-def _file_system() -> Any:
+def _file_systems() -> Callable[..., Any]:
+    """Makes the file system of a folder, in which paths are relative to its `path`."""
     try:
         import fsspec
 
         # No cache of listings: writes of other processes must be seen.
-        return fsspec.filesystem("gs", use_listings_cache=False)
+        files = fsspec.filesystem("gs", use_listings_cache=False)
     except ImportError as error:
         raise MissingExtraError("gs:// needs gcsfs: pip install 'opdjax[gcs]'") from error
+    return functools.partial(fsspec.filesystem, "dir", fs=files, skip_instance_cache=True)
 
 
 def _library_errors() -> tuple[type[BaseException], ...]:
@@ -280,9 +272,9 @@ def _local_files(directory: pathlib.Path, wanted: Wanted) -> dict[str, Tag]:
 
 def _snapshot(database: pathlib.Path, directory: str) -> pathlib.Path:
     """A copy of a database in use, made between two transactions."""
-    copy, opened = pathlib.Path(directory) / database.name, contextlib.closing
-    with opened(sqlite3.connect(database)) as source, opened(sqlite3.connect(copy)) as target:
-        source.backup(target)
+    copy = pathlib.Path(directory) / database.name
+    with contextlib.closing(sqlite3.connect(database)) as source:
+        source.execute("VACUUM INTO ?", [str(copy)])
     return copy
 
 

@@ -49,7 +49,7 @@ _EXECUTION_FIELDS = (
 
 
 # Logs of whose rows a checkpoint records the number and a digest.
-COUNTED = ("metrics.jsonl", "samples.jsonl", "rubrics.jsonl")
+COUNTED = tuple(f"{name}.jsonl" for name in ("metrics", "samples", "rubrics", "eval", "divergence"))
 SPENDING = "spending.jsonl"  # usage and cost by step and role; never cut: the money is spent
 Kind = type | tuple[type, ...]
 NUMBER: Kind = (int, float)  # a finite one; `float` may also be NaN
@@ -69,39 +69,48 @@ class WorkdirError(ValueError):
     """The work directory belongs to another run, is in use, or has damaged files."""
 
 
-def lock_file(file: pathlib.Path, is_exclusive: bool = True) -> TextIO:
-    """Open a file and lock it until it is closed; BlockingIOError if another process has it locked.
-    A shared lock needs no permission to write.
+def lock_file(file: pathlib.Path, is_exclusive: bool = True) -> TextIO | None:
+    """Open a file and lock it until it is closed; None if another process has it locked. A shared
+    lock needs no permission to write.
     """
     opened = file.open("w" if is_exclusive else "r")
-    try:
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(opened, (fcntl.LOCK_EX if is_exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        opened.close()
-        raise
-    return opened
+        # A lock that its last holder removed meanwhile excludes nobody.
+        if os.path.samestat(os.fstat(opened.fileno()), file.stat()):
+            return opened
+    opened.close()
+    return None
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path, role: str = "") -> Iterator[None]:
     """Lock the directory for this process; WorkdirError if another process with this role (default:
-    a run) holds it, or it cannot be written.
+    a run) holds it, or it cannot be written. Where nothing is written, no new directory is left.
     """
+    made = [place for place in (workdir, *workdir.parents) if not place.exists()]
+    lock = workdir / (f".lock-{role}" if role else ".lock")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = lock_file(workdir / (f".lock-{role}" if role else ".lock"))
-    except BlockingIOError as error:
-        raise WorkdirError(
-            f"{workdir} is being written by another {role or 'run'}; wait for it or choose another "
-            "--workdir"
-        ) from error
+        file = lock_file(lock)
     except OSError as error:
         raise WorkdirError(
             f"--workdir {workdir} cannot be written: {error.strerror}; expected a directory, or a "
             "path where one can be made"
         ) from error
+    if file is None:
+        raise WorkdirError(
+            f"{workdir} is being written by another {role or 'run'}; wait for it or choose another "
+            "--workdir"
+        )
     with file:
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # the directory is in use, or somebody removed it
+                lock.unlink()
+                for place in made:
+                    place.rmdir()
 
 
 def claim(
@@ -348,19 +357,25 @@ class RowCounter:
     def __init__(self, workdir: pathlib.Path):
         self._workdir = workdir
         self._read = dict.fromkeys((*COUNTED, SPENDING), 0)  # bytes
-        self._rows: dict[str, dict[int, list[int]]] = {name: {} for name in self._read}
+        self._num_rows = dict.fromkeys(self._read, 0)
+        # (number, sum of hashes) of the rows that `until` has counted, and of later ones by step.
+        self._counted = dict.fromkeys(self._read, (0, 0))
+        self._later: dict[str, dict[int, tuple[int, int]]] = {name: {} for name in self._read}
         self._spent: dict[str, float] = {}
 
     def until(self, step: int, spending_rows: float = math.inf) -> dict[str, Any]:
-        """What belongs before a step: of each log that has rows up to it, their number and a sum of
-        hashes; of spending.jsonl, its first rows so far, and the totals of its columns.
+        """What belongs before a step, which is none before that of the last call: of each log that
+        has rows up to it, their number and a sum of hashes; of spending.jsonl, its first rows so
+        far, and the totals of its columns.
         """
         found: dict[str, Any] = {}
-        for name, rows in self._rows.items():
+        for name, later in self._later.items():
             self._add_new(self._workdir / name)
             last = spending_rows if name == SPENDING else step
-            if counts := [count for at, count in rows.items() if at <= last]:
-                number, total = (sum(column) for column in zip(*counts))
+            for at in [at for at in later if at <= last]:
+                self._counted[name] = _sum(self._counted[name], later.pop(at))
+            number, total = self._counted[name]
+            if number:
                 found[name] = {"rows": number, "hash": f"{total % 2**64:016x}"}
         return found | ({"spent": dict(self._spent)} if self._spent else {})
 
@@ -370,22 +385,27 @@ class RowCounter:
         with file.open("rb") as opened:
             opened.seek(self._read[file.name])
             lines = opened.read().splitlines(keepends=True)
-        rows, is_spending = self._rows[file.name], file.name == SPENDING
-        number = sum(count for count, _ in rows.values())
+        later, is_spending = self._later[file.name], file.name == SPENDING
         for line in lines:
             if not line.endswith(b"\n"):  # its write has not ended
                 return
             self._read[file.name] += len(line)
             if not (text := line.strip()):
                 continue
-            number += 1
+            self._num_rows[file.name] += 1
+            number = self._num_rows[file.name]
             row = _row(text, file, number, step=int)
-            count = rows.setdefault(len(rows) + 1 if is_spending else row["step"], [0, 0])
-            count[0] += 1
-            count[1] += int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+            hashed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+            at = number if is_spending else row["step"]
+            later[at] = _sum(later.get(at, (0, 0)), (1, hashed))
             for column, value in row.items() if is_spending else ():
                 if isinstance(value, (int, float)) and column != "step":
                     self._spent[column] = self._spent.get(column, 0) + value
+
+
+def _sum(*pairs: tuple[int, int]) -> tuple[int, int]:
+    first, second = (sum(column) for column in zip(*pairs))
+    return first, second
 
 
 def check_logs(workdir: pathlib.Path, step: int, before: dict[str, Any]) -> None:
@@ -405,7 +425,8 @@ def check_logs(workdir: pathlib.Path, step: int, before: dict[str, Any]) -> None
         )
     for name, rows in known.items():
         now = found.get(name, {"rows": 0})
-        if now != rows:
+        is_set_aside = (workdir / name.replace(".", "-1.")).exists()  # under another evaluation
+        if now != rows and not is_set_aside:
             change = "some of them changed" if now["rows"] >= rows["rows"] else "others are lost"
             print(
                 f"note: {workdir / name} has {now['rows']} of the {rows['rows']} rows up to step "

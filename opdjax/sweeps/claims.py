@@ -7,14 +7,14 @@ it too. The state of the points is read from `path`. On gs:// that is a private 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import math
 import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TextIO
 
@@ -38,18 +38,22 @@ class Heartbeat:
     step: int
 
 
-class FileLock(Lease):
-    """A claim on a local disk. The lock ends when this process and its child, which inherits the
-    file, have ended: neither can lose it.
+class FileLock:
+    """A claim on a local disk, as a `Lease` is one on gs://. The lock ends when this process and
+    its child, which inherits the file, have ended: neither can lose it.
     """
 
-    is_lost, environment = False, MappingProxyType({})
+    environment: Mapping[str, str] = MappingProxyType({})
+    is_lost, child = False, None
 
     def __init__(self, file: TextIO):
         self.descriptors, self.release = (file.fileno(),), file.close
 
     def child_ended(self) -> None:
-        """Nothing to do."""
+        """Nothing to do: the lock is still held."""
+
+
+Claim = FileLock | Lease
 
 
 class SweepDirectory:
@@ -59,30 +63,18 @@ class SweepDirectory:
 
     def __init__(self, path: pathlib.Path, folder: Folder | None = None):
         self.path = path  # local files of the points: `path / ID`
-        self.name = folder.url if folder else str(path)  # path or URL that the user gave
-        self._folder, self._watches, self._times = folder, {}, {}
-        self._interval = lease_seconds() / 6  # between two looks at one point
+        self.name = folder.url if folder else str(path)  # of the work directories: `name/ID`
+        self.interval = lease_seconds() / 6 if folder else 0.0  # seconds between looks at points
+        self._folder, self._watches = folder, collections.defaultdict(ExpiryWatch)
 
-    def workdir(self, id: str) -> str:
-        """Path or URL of the work directory of a point."""
-        return f"{self.name}/{id}"
-
-    def refresh(self, ids: Iterable[str], is_urgent: bool = False) -> None:
-        """Download the state of these points; unless urgent, at most every few seconds."""
-        if self._folder and self._is_due("refresh", 0.0 if is_urgent else self._interval):
+    def refresh(self, ids: Iterable[str]) -> None:
+        """Download the state of these points, unless they are done."""
+        if self._folder:
             in_parallel(self._download, [id for id in ids if status_of(self.path / id) != "done"])
 
     def _download(self, id: str) -> None:
         shared = self._folder.subfolder(id, is_flat=True)
         shared.download(self.path / id, _SHARED.__contains__)
-
-    def _is_due(self, action: str, interval: float) -> bool:
-        """Whether the interval has passed since the last time that this action was due."""
-        now = time.monotonic()
-        is_due = now - self._times.get(action, -math.inf) >= interval
-        if is_due:
-            self._times[action] = now
-        return is_due
 
     def upload(self, *files: pathlib.Path) -> None:
         """Upload files of `path`, or remove the objects of files that are gone."""
@@ -90,19 +82,14 @@ class SweepDirectory:
             names = {file: str(file.relative_to(self.path)) for file in files}
             in_parallel(lambda file: self._folder.upload_file(file, names[file]), files)
 
-    def claim(self, id: str) -> Lease | None:
+    def claim(self, id: str) -> Claim | None:
         """The claim on a point; None if another runner holds it."""
         if self._folder is None:
-            try:
-                return FileLock(lock_file(self.path / id / ".claim"))
-            except BlockingIOError:
-                return None
-        if not self._is_due(f"claim {id}", self._interval):
-            return None
-        lease = try_acquire(self._folder.subfolder(id), self._watches.setdefault(id, ExpiryWatch()))
+            file = lock_file(self.path / id / ".claim")
+            return file and FileLock(file)
+        lease = try_acquire(self._folder.subfolder(id), self._watches[id])
         if lease is not None:
-            del self._watches[id], self._times[f"claim {id}"]
-            lease.start(on_lost=lambda error: None)  # the runner reads `is_lost`
+            lease.start(ends_process=False)  # the runner reads `is_lost`
             self._download(id)  # what its last holder wrote
         return lease
 
@@ -111,19 +98,17 @@ class SweepDirectory:
         if self._folder is None:
             return self._local_heartbeat(self.path / id)
         holder = holder_of(self._folder.subfolder(id))
-        if holder is None or holder.is_released:
+        if not holder or holder.get("released"):
             return None
-        about, age = holder.about, max(time.time() - holder.about["time"], 0.0)
-        return Heartbeat(about["host"], age, age > about["seconds"], about.get("step", 0))
+        age = max(time.time() - holder["time"], 0.0)
+        return Heartbeat(holder["host"], age, age > holder["seconds"], holder.get("step", 0))
 
     def _local_heartbeat(self, directory: pathlib.Path) -> Heartbeat | None:
-        try:
-            lock_file(directory / ".claim", is_exclusive=False).close()
-            return None  # nobody holds the claim
-        except FileNotFoundError:
+        if not (claim := directory / ".claim").exists():
             return None
-        except BlockingIOError:
-            pass
+        if file := lock_file(claim, is_exclusive=False):
+            file.close()
+            return None  # nobody holds it
         files = [directory / name for name in ("metrics.jsonl", LOG, ATTEMPTS)]
         times = [file.stat().st_mtime for file in files if file.exists()]
         age = time.time() - max(times) if times else 0.0

@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterator, Sequence
 from opdjax.config.grid import SweepPoint
 from opdjax.config.saved import lost_settings, upgrade
 from opdjax.config.validation import differences, to_dict
-from opdjax.runs.lease import LOST, Lease
+from opdjax.runs.lease import LOST
 from opdjax.runs.object_store import Folder, RemoteError, is_remote
 from opdjax.runs.results import FAILURE, POINT, read_point, status_of
 from opdjax.runs.statistics import score_label
 from opdjax.runs.workdir import WorkdirError, append_lines, read_json, refuse_if, write_json
-from opdjax.sweeps.claims import ATTEMPTS, LOG, SweepDirectory, open_sweep
+from opdjax.sweeps.claims import ATTEMPTS, LOG, Claim, SweepDirectory, open_sweep
 from opdjax.sweeps.status import scores_after, status_line
 
 _POLL, _REPORT = 0.2, 20.0  # seconds
@@ -60,7 +60,7 @@ class _Job:
 
     point: SweepPoint
     process: subprocess.Popen
-    claim: Lease
+    claim: Claim
     slot: int
     started: float  # monotonic
 
@@ -114,7 +114,7 @@ def run_sweep(
         since = time.time() if retry_failed else 0.0
         attempts = {p.id: _Attempts(since=since) for p in mine}
         _run(_Runner(sweep, jobs, retries, log, attempts), mine)
-        sweep.refresh(attempts, is_urgent=True)
+        sweep.refresh(attempts)
         states = [status_of(sweep.path / id) for id in attempts]
     done, failed = states.count("done"), states.count("failed")
     stopped = len(mine) - done - failed
@@ -137,7 +137,7 @@ def require_complete(counts: dict[str, int]) -> None:
 def _run(runner: _Runner, mine: Sequence[SweepPoint]) -> None:
     """Collect ended children and start new ones until no point of `mine` is open."""
     sweep, running, attempts = runner.sweep, runner.running, runner.attempts
-    last_report = time.monotonic()
+    next_look, last_report = 0.0, time.monotonic()
     with _stop_signals() as received, contextlib.ExitStack() as at_end:
         at_end.callback(_terminate, runner)
         while True:
@@ -148,12 +148,15 @@ def _run(runner: _Runner, mine: Sequence[SweepPoint]) -> None:
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 _finish(runner, job)
+                next_look = 0.0  # a point may be claimed
             at_work = {job.point.id for job in running}
-            sweep.refresh(attempts.keys() - at_work)
+            if is_looking := time.monotonic() >= next_look:
+                sweep.refresh(attempts.keys() - at_work)
+                next_look = time.monotonic() + sweep.interval
             open_points = [p for p in mine if _is_open(sweep.path / p.id, attempts[p.id])]
             waiting = [p for p in open_points if p.id not in at_work]
             due = [p for p in waiting if time.monotonic() >= attempts[p.id].not_before]
-            for point in due.copy():
+            for point in due.copy() if is_looking else ():
                 if len(running) < runner.jobs and (claim := _claim(runner, point)):
                     due.remove(point)
                     running.append(_start(runner, point, claim))
@@ -197,7 +200,7 @@ def _write_points(points: Sequence[SweepPoint], sweep: SweepDirectory) -> None:
             continue
         stored = read_point(file)["config"]
         changed = differences(upgrade(stored), upgrade(to_dict(point.config)))
-        other = f"{sweep.workdir(point.id)} belongs to a point with another config"
+        other = f"{sweep.name}/{point.id} belongs to a point with another config"
         advice = "choose another --workdir, where train.start_from goes on from a run of this one "
         advice += "(there -> now)"
         refuse_if(changed + lost_settings(stored), f"{other}; {advice}")
@@ -260,7 +263,7 @@ def _run_to_its_end(command: Sequence[str]) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, child.returncode, stderr=error)
 
 
-def _claim(runner: _Runner, point: SweepPoint) -> Lease | None:
+def _claim(runner: _Runner, point: SweepPoint) -> Claim | None:
     """The claim on a point; None if another runner holds it, or has finished it."""
     directory = runner.sweep.path / point.id
     if not directory.exists():  # deleted since
@@ -272,13 +275,13 @@ def _claim(runner: _Runner, point: SweepPoint) -> Lease | None:
     return claim
 
 
-def _start(runner: _Runner, point: SweepPoint, claim: Lease) -> _Job:
+def _start(runner: _Runner, point: SweepPoint, claim: Claim) -> _Job:
     sweep, jobs, directory = runner.sweep, runner.jobs, runner.sweep.path / point.id
     (directory / FAILURE).unlink(missing_ok=True)
     slot = min(set(range(jobs)) - {job.slot for job in runner.running})
     with (directory / LOG).open("a") as output:
         child = subprocess.Popen(
-            [*_OPDJAX, "train", str(directory / POINT), "--workdir", sweep.workdir(point.id)],
+            [*_OPDJAX, "train", str(directory / POINT), "--workdir", f"{sweep.name}/{point.id}"],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -286,7 +289,7 @@ def _start(runner: _Runner, point: SweepPoint, claim: Lease) -> _Job:
             pass_fds=claim.descriptors,
             start_new_session=True,
         )
-    claim.child_started(child.pid)
+    claim.child = child
     if jobs > 1 and sys.platform == "linux":
         cores = sorted(os.sched_getaffinity(0))
         share = max(len(cores) // jobs, 1)
@@ -338,7 +341,7 @@ def _finish(runner: _Runner, job: _Job) -> None:
         _record_failure(runner, job, seconds)
     job.claim.release()
     if attempts.outcome == "done":
-        sweep.refresh([id], is_urgent=True)
+        sweep.refresh([id])
         after = scores_after(sweep, id)
         found = [name for name in ("avg@k", "greedy") if name in after]
         scores = [f"{score_label(name, after.get('k'))} {after[name]:.3f}" for name in found]
@@ -351,7 +354,7 @@ def _record_failure(runner: _Runner, job: _Job, seconds: float) -> None:
     failure = {"returncode": job.process.returncode, "seconds": seconds, "time": time.time()}
     write_json(sweep.path / id / FAILURE, failure | {"log_tail": lines[-_LOG_TAIL:]})
     sweep.upload(sweep.path / id / FAILURE)
-    log(f"FAILED {id}: {lines[-1] if lines else 'no output'} ({sweep.workdir(id)}/{LOG})")
+    log(f"FAILED {id}: {lines[-1] if lines else 'no output'} ({sweep.name}/{id}/{LOG})")
     attempts.failures += 1
     if attempts.failures > runner.retries:
         attempts.outcome = "failed"

@@ -4,6 +4,7 @@ directory. No jax.
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Sequence
 
@@ -79,27 +80,23 @@ def status_table(points: Sequence[SweepPoint], workdir: str | os.PathLike) -> st
     """Output of `--status`: a line per point, whichever machine it runs on, and a summary."""
     with open_sweep(workdir) as sweep:
         sweep.refresh([p.id for p in points])
-        return _status_table(points, sweep)
-
-
-def _status_table(points: Sequence[SweepPoint], sweep: SweepDirectory) -> str:
-    states = states_of(points, sweep)
-    open_ids = [id for id, state in states.items() if state != "done"]
-    beats = dict(zip(open_ids, in_parallel(sweep.heartbeat, open_ids)))
-    for id, beat in beats.items():
-        if beat is not None:
-            states[id] = "stalled" if beat.is_stalled else "running"
-        elif states[id] == "begun":  # interrupted, to be resumed
-            states[id] = "waiting"
-    width = max(len(p.id) for p in points)
+        states = states_of(points, sweep)
+        open_ids = [id for id, state in states.items() if state != "done"]
+        beats = dict(zip(open_ids, in_parallel(sweep.heartbeat, open_ids)))
+        for id, beat in beats.items():
+            if beat is not None:
+                states[id] = "stalled" if beat.is_stalled else "running"
+            elif states[id] == "begun":  # interrupted, to be resumed
+                states[id] = "waiting"
+        width = max(len(p.id) for p in points)
+        rows = [_line(p, states[p.id], beats.get(p.id), sweep, width) for p in points]
     every_k = {p.config.evaluation.num_samples for p in points}
     score = score_label("avg@k", every_k.pop() if len(every_k) == 1 else None)
-    lines = [f"{'point':{width}}  {'state':8} {'host':16} {'step':>11} {'last seen':>9}  {score}"]
-    lines += [_line(p, states[p.id], beats.get(p.id), sweep, width) for p in points]
+    head = f"{'point':{width}}  {'state':8} {'host':16} {'step':>11} {'last seen':>9}  {score}"
     order = ("done", "failed", "running", "stalled", "waiting")
-    counts = {state: list(states.values()).count(state) for state in order}
-    listed = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
-    return "\n".join([*lines, f"{listed} of {len(points)}"])
+    counts = collections.Counter(states.values())
+    listed = ", ".join(f"{counts[state]} {state}" for state in order if counts[state])
+    return "\n".join([head, *rows, f"{listed} of {len(points)}"])
 
 
 def _line(

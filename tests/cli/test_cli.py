@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from opdjax.cli import main
@@ -30,6 +32,7 @@ from opdjax.config import (
 from opdjax.config.recipes import RECIPES
 from opdjax.config.validation import ConfigError, MissingExtraError, to_dict
 from opdjax.data.references import ReferenceMissError
+from opdjax.runs.checkpoint import CheckpointWriteError
 from opdjax.runs.lease import LeaseLostError
 
 EXPERIMENT = """
@@ -116,6 +119,29 @@ def test_help_loads_nothing_heavy(arguments, experiment):
     arguments = [experiment() if argument == "EXPERIMENT" else argument for argument in arguments]
     last = run_python(HEAVY, *arguments).splitlines()[-1]
     assert last == f"status {2 if arguments == ['sampel'] else 0} loaded []"
+
+
+ABSENT = """
+import sys
+from opdjax.cli.main import main
+for arguments in map(str.split, sys.argv[1:]):
+    sys.argv = ["opdjax", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        print(arguments[0], end.code, "jax" in sys.modules)
+"""
+
+
+def test_a_path_with_nothing_there_is_refused_before_jax_is_imported(experiment, tmp_path):
+    run = f"{experiment()} --student.path ./no"
+    lines = [f"train {run} --workdir {tmp_path / 'run'}", f"doctor {run}", f"export {tmp_path} out"]
+    lines += [f"{command} ./no" for command in ("check", "evaluate", "sample", "make-student")]
+    lines[-1] += " out"
+    lines.append(f"suites ./no --output {tmp_path / 'run'}")
+    found = run_python(ABSENT, *lines).splitlines()
+    assert found == [f"{line.partition(' ')[0]} 2 False" for line in lines]
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_console_script_is_installed():
@@ -528,14 +554,19 @@ def test_a_thread_that_waits_for_ever_does_not_keep_a_failed_command():
 
 
 def test_a_device_without_memory_is_the_users_to_help():
-    error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand its stack")
-    assert main.is_user_error(error)
-    advice = "Out of memory allocating 9 bytes; raise train.gradient_accumulation_steps"
-    assert advice in main._text(error)
-    assert "stack" not in main._text(error)
-    for text in ("No space left on device", "Failed writing; make room there"):
-        full = RuntimeError(f"RESOURCE_EXHAUSTED: {text}")
-        assert main._text(full) == str(full)
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+        jnp.zeros(1 << 44).block_until_ready()
+    text = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand its stack"
+    for error in (raised.value, jax.errors.JaxRuntimeError(text)):
+        assert main.is_user_error(error)
+        found = main._text(error)
+        assert re.search(r"allocating \d+ bytes; raise train.gradient_accumulation_steps", found)
+        assert "stack" not in found
+    # TensorStore's words for a full disk, as they are and in an error of the package.
+    full = ValueError("RESOURCE_EXHAUSTED: Error writing [No space left on device]")
+    assert not main.is_user_error(full)
+    for error in (full, CheckpointWriteError(f"not written: {full}; make room there")):
+        assert main._text(error) == str(error)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from opdjax.engine.decoding import (
 )
 from opdjax.engine.sampler import extra_uniforms, sample
 from opdjax.models import decoder, kv_cache
+from opdjax.models.attention import NO_WINDOW
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.ops.inverse_cdf import invert_cdf
 from opdjax.ops.sharding import by_row as by_row_of
@@ -1016,6 +1017,24 @@ def test_a_ring_that_grows_changes_nothing(generate, mixed, rollouts, slots):
     assert_same_rollouts(generate(mixed, num_generations=8, temperature=1.5, slots=slots), rollouts)
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("short_rings")
+def test_windows_hold_in_refilled_slots_and_growing_rings(student, mixed):
+    """Log-probs equal those of a full forward, whose windows equal those of transformers."""
+    windows = (3, *[NO_WINDOW] * (student.config.num_layers - 2), 5)
+    config = dataclasses.replace(student.config, layer_windows=windows)
+    options = {"decoding": decoding(stop=student.stop, temperature=1.5), "num_generations": 4}
+    found = sample(student.params, mixed, 0, 0, config=config, slots=5, **options)
+    hidden = decoder.forward(student.params, config, found.tokens, found.segment_ids)
+    head = decoder.head_of(student.params, temperature=1.5)
+    logits = head_logits(head, hidden)[:, WIDTH - 1 : -1]
+    (tokens, mask), logprobs = completion(found), dense_logprobs(np.asarray(logits))
+    expected = np.take_along_axis(logprobs, np.asarray(tokens)[..., None], -1)[..., 0]
+    assert mask.sum() > 5 * LENGTH
+    theirs = np.asarray(found.unfiltered_logprobs)[:, WIDTH:]
+    np.testing.assert_allclose(theirs[mask], expected[mask], atol=1e-4)
+
+
 def test_ring_sizes():
     assert [scheduling.ring_sizes(n) for n in (1, 24, 128, 200, 256)] == [
         [1],
@@ -1110,6 +1129,17 @@ def test_heads_are_sharded_over_tensor(generate, mixed, rollouts):
     """Different tokens are counted: sums over parts of a head round differently."""
     ours = generate(mixed, num_generations=8, temperature=1.5, mesh=make_mesh(2, 2, 2), slots=8)
     assert (ours.tokens == rollouts.tokens).all(1).mean() > 0.95
+
+
+@pytest.mark.long
+def test_experts_are_sharded_over_tensor(student, mixed):
+    config = dataclasses.replace(student.config, num_experts=4, experts_per_token=2)
+    params = decoder.init_params(config, jax.random.key(0))
+    options = {"decoding": decoding(stop=student.stop), "num_generations": 4, "slots": 8}
+    run = lambda mesh: sample(params, mixed, 0, 0, config=config, mesh=mesh, **options).tokens
+    one, eight = map(np.asarray, map(run, (None, make_mesh(2, 2, 2))))
+    assert len(np.unique(one)) > 30
+    assert (one == eight).all(1).mean() > 0.9
 
 
 # ---- Types of stored keys and values

@@ -38,6 +38,91 @@ PAIRS = {
     "qwen2": ("Qwen2", {}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "head_dim": ...}),
     "llama": ("Llama", {"head_dim": ..., "rms_norm_eps": 1e-5}),
+    "qwen2-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "mistral-full": ("Mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2", {"head_dim": ..., "num_key_value_heads": 3}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "head_dim": ...,
+            "sliding_window": 4,
+            "num_hidden_layers": 4,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 100.0,
+                    "factor": 4.0,
+                    "beta_fast": 4,
+                    "beta_slow": 0.5,
+                    "original_max_position_embeddings": 10,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "smollm3": ("SmolLM3", {"head_dim": ..., "no_rope_layers": [1, 0]}),
+    "smollm3-window": (
+        "SmolLM3",
+        {
+            "num_hidden_layers": 4,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "sliding_window": 4,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 7,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "phi3": (
+        "Phi3",
+        {
+            "head_dim": ...,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "sliding_window": 5,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3-moe-window": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 8,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
     "llama-bias-tied": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
@@ -61,6 +146,7 @@ def build():
         config = getattr(transformers, f"{family}Config")(
             **{name: value for name, value in fields.items() if value is not ...}
         )
+        family = family.removesuffix("Text")
         model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
         generator = torch.Generator().manual_seed(0)
         for name, parameter in sorted(model.named_parameters()):
@@ -127,7 +213,13 @@ def pairs(build, save):
     return pairs
 
 
-@pytest.fixture(params=PAIRS)
+LONG = ("qwen2-window", "mistral", "mistral-full", "olmo2", "olmo3", "smollm3", "smollm3-window")
+LONG += ("phi3", "qwen3-moe-window")
+
+
+@pytest.fixture(
+    params=[pytest.param(n, marks=[pytest.mark.long] if n in LONG else []) for n in PAIRS]
+)
 def pair(request, pairs):
     """One of the pairs."""
     return pairs[request.param]

@@ -16,10 +16,12 @@ from opdjax.config import TrainConfig
 from opdjax.config.validation import ConfigError
 from opdjax.models import attention, decoder
 from opdjax.models.attention import (
+    NO_WINDOW,
     attend_within_segments,
     fused_attention,
+    is_attended,
     masked_attention,
-    segment_mask,
+    segment_distance,
     splash_attention,
 )
 from opdjax.ops.sharding import make_mesh
@@ -60,11 +62,10 @@ def value_and_grads(attend, q, k, v, weights, segments):
     return jnp.where(segments[..., None] > 0, out, 0), *grads
 
 
-def assert_equal_to_xla(attend, arguments):
+def assert_equal_to_xla(attend, arguments, *windows):
     segments = arguments[-1]
-    expected = jax.jit(partial(value_and_grads, attend_within_segments(segments, "xla")))(
-        *arguments
-    )
+    plain = attend_within_segments(segments, "xla", None, *windows)
+    expected = jax.jit(partial(value_and_grads, plain))(*arguments)
     found = jax.jit(partial(value_and_grads, partial(attend, segment_ids=segments)))(*arguments)
     for name, one, other in zip(("output", "dq", "dk", "dv"), found, expected):
         np.testing.assert_allclose(one, other, atol=2e-5, err_msg=name)
@@ -74,6 +75,11 @@ def assert_equal_to_xla(attend, arguments):
 def test_splash_equals_materialised_scores(rng):
     """300 columns are padded to three blocks of 128; four query heads share two key heads."""
     assert_equal_to_xla(partial(interpreted, mesh=None), inputs(rng, 2, 300, 4, 2, 64))
+
+
+def test_splash_with_a_window_equals_materialised_scores(rng):
+    attend = partial(interpreted, mesh=None, window=30)
+    assert_equal_to_xla(attend, inputs(rng, 2, 150, 4, 2, 64), (30,))
 
 
 @pytest.mark.parametrize(
@@ -88,11 +94,17 @@ def test_splash_over_a_mesh_equals_one_device(rows, kv_heads, rng):
 
 
 @pytest.mark.long
-def test_the_decoder_with_splash_is_the_decoder(rng, monkeypatch):
+@pytest.mark.parametrize("windows", [(), (7, 100)], ids=["plain", "windows"])
+def test_the_decoder_with_splash_is_the_decoder(rng, monkeypatch, windows):
     """`dots` keeps the kernel's output, so that the backward pass does not run the kernel again."""
     monkeypatch.setattr(attention, "splash_attention", interpreted)
     plain = dataclasses.replace(
-        MODEL, vocab_size=31, hidden_size=16, head_size=64, intermediate_size=8
+        MODEL,
+        vocab_size=31,
+        hidden_size=16,
+        head_size=64,
+        intermediate_size=8,
+        layer_windows=windows,
     )
     params = jax.jit(decoder.init_params, static_argnums=0)(plain, jax.random.key(0))
     tokens, segments = rng.integers(0, 31, (2, 40)), packed_rows(2, 40)
@@ -124,7 +136,8 @@ def test_the_decoder_with_splash_is_the_decoder(rng, monkeypatch):
 def test_what_cudnn_is_given_is_the_same_attention(columns, rng):
     """The arguments of the cuDNN call, computed by XLA; lengths that cuDNN refuses are padded."""
     q, k, v, _, segments = inputs(rng, 3, columns, 4, 2, 16)
-    mask = segment_mask(jnp.arange(columns), segments, jnp.arange(columns), segments)
+    columns = jnp.arange(columns)
+    mask = is_attended(segment_distance(columns, segments, columns, segments), NO_WINDOW)
     live = np.asarray(segments) > 0
     found = fused_attention(q, k, v, mask, implementation="xla")
     np.testing.assert_allclose(found[live], masked_attention(q, k, v, mask)[live], atol=1e-5)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from opdjax.models import decoder, kv_cache
-from opdjax.models.attention import segment_mask
+from opdjax.models.attention import NO_WINDOW, segment_distance
 from opdjax.models.hf import load_params, open_checkpoint
-from opdjax.models.rope import Rope
+from opdjax.models.partitioning import shardings_of
+from opdjax.models.rope import UNROTATED, Rope
+from opdjax.ops.sharding import make_mesh
 from opdjax.ops.tile import head_logits
 
 SMALL = decoder.DecoderConfig(
@@ -58,6 +60,32 @@ CONFIGS = {  # every option on and off, and every kind of frequencies
         ),
     ),
 }
+CONFIGS["gemma3"] = dataclasses.replace(
+    SMALL,
+    has_post_norms=True,
+    norm_offset=1.0,
+    embedding_scale=12**0.5,
+    query_scale=1.2,
+    activation="gelu",
+    layer_windows=(3, NO_WINDOW),
+    layer_ropes=(Rope(1e4), Rope(100.0)),
+)
+CONFIGS["olmo3"] = dataclasses.replace(
+    SMALL,
+    has_pre_norms=False,
+    has_post_norms=True,
+    norms_all_heads=True,
+    layer_windows=(NO_WINDOW, 2),
+    layer_ropes=(Rope(1e4), UNROTATED),
+)
+CONFIGS["qwen3-moe"] = dataclasses.replace(
+    SMALL,
+    has_qkv_bias=False,
+    has_output_bias=False,
+    num_experts=6,
+    experts_per_token=2,
+    normalizes_experts=True,
+)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 forward = jax.jit(decoder.forward, static_argnums=1)
 
@@ -68,12 +96,12 @@ def read_on(params, config, tokens, segments, positions, cache, seen, start):
     all columns so far.
     """
     seen = jax.lax.dynamic_update_slice(seen, segments, (0, start))
-    is_visible = segment_mask(
+    distance = segment_distance(
         start + jnp.arange(tokens.shape[1]), segments, jnp.arange(seen.shape[1]), seen
     )
     layer_params = kv_cache.split_layers(params["layers"], config)
     hidden, cache = kv_cache.forward_cached(
-        params, layer_params, config, tokens, positions, cache, start, is_visible
+        params, layer_params, config, tokens, positions, cache, start, distance
     )
     return hidden, cache, seen
 
@@ -119,7 +147,7 @@ def test_logits_equal_transformers(pair, our_logits, torch_logits, rng, side, le
 def test_greedy_tokens_equal_generate(pair, rng):
     import torch
 
-    steps, lengths = 12, [6, 1, 4, 5, 2]
+    steps, lengths = 16, [9, 1, 4, 6, 2]  # of which some are longer than the windows
     prompts = [rng.integers(6, 131, n) for n in lengths]
     expected = [
         pair.model.generate(
@@ -127,11 +155,11 @@ def test_greedy_tokens_equal_generate(pair, rng):
         )[0, len(prompt) :].tolist()
         for prompt in prompts
     ]
-    tokens, segments = np.zeros((5, 6), np.int32), np.zeros((5, 6), np.int32)
+    tokens, segments = np.zeros((5, 9), np.int32), np.zeros((5, 9), np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, 6 - len(prompt) :], segments[row, 6 - len(prompt) :] = prompt, 1
-    cache = kv_cache.init_cache(pair.config, 5, 6 + steps, jnp.float32)
-    seen = jnp.zeros((5, 6 + steps), jnp.int32)
+        tokens[row, 9 - len(prompt) :], segments[row, 9 - len(prompt) :] = prompt, 1
+    cache = kv_cache.init_cache(pair.config, 5, 9 + steps, jnp.float32)
+    seen = jnp.zeros((5, 9 + steps), jnp.int32)
     positions = decoder.positions_of(jnp.asarray(segments))
     hidden, cache, seen = read_on(
         pair.params, pair.config, tokens, segments, positions, cache, seen, 0
@@ -142,7 +170,7 @@ def test_greedy_tokens_equal_generate(pair, rng):
         positions = np.asarray(lengths, np.int32)[:, None] + step
         ones = np.ones((5, 1), np.int32)
         hidden, cache, seen = read_on(
-            pair.params, pair.config, chosen[-1][:, None], ones, positions, cache, seen, 6 + step
+            pair.params, pair.config, chosen[-1][:, None], ones, positions, cache, seen, 9 + step
         )
     assert np.stack(chosen, 1).tolist() == expected
     assert len({token for row in expected for token in row}) > 10
@@ -254,6 +282,59 @@ def test_cache_equals_full_forward(rng, monkeypatch, config, widths):
     np.testing.assert_allclose(
         np.concatenate(parts, 1)[segments == 1], full[segments == 1], atol=1e-10, rtol=0
     )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.long
+@every_config
+def test_int8_keys_and_values_stay_near(rng, config):
+    params = small_params(config)
+    tokens, segments = padded(rng, [11, 8, 6], 11, "left", config.vocab_size)
+    positions, seen = decoder.positions_of(jnp.asarray(segments)), jnp.zeros((3, 11), jnp.int32)
+    exact, rounded = (
+        read_on(
+            params,
+            config,
+            tokens,
+            segments,
+            positions,
+            kv_cache.init_cache(config, 3, 11, dtype),
+            seen,
+            0,
+        )[0][segments == 1]
+        for dtype in (jnp.float64, jnp.int8)
+    )
+    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-5 < error < 0.05
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.long
+@every_config
+def test_a_mesh_equals_one_device(rng, config):
+    """Whole rows with their gradients, and the cache."""
+    sizes = {"vocab_size": 32, "intermediate_size": 18}
+    config, mesh = dataclasses.replace(config, **sizes), make_mesh(2, 2, 2)
+    params = small_params(config)
+    tokens, segments = padded(rng, [11, 8, 6, 9], 11, "left", config.vocab_size)
+    live, weights = segments == 1, rng.normal(size=(*tokens.shape, config.hidden_size))
+
+    def run(params, mesh):
+        def loss(params):
+            hidden = decoder.forward(params, config, tokens, segments, remat="layer", mesh=mesh)
+            return jnp.sum(jnp.where(live[..., None], hidden, 0) * weights), hidden
+
+        layer_params = kv_cache.split_layers(params["layers"], config)
+        prompts = params, layer_params, config, jnp.asarray(tokens), jnp.asarray(live)
+        last, _ = kv_cache.prefill(*prompts, jnp.float64, mesh)
+        grads, hidden = jax.grad(loss, has_aux=True)(params)
+        return grads, jnp.where(live[..., None], hidden, 0), last
+
+    run, close = jax.jit(run, static_argnums=1), partial(np.testing.assert_allclose, atol=1e-9)
+    expected = run(params, None)
+    sharded = jax.device_put(params, shardings_of(params, mesh))
+    jax.tree.map(close, run(sharded, mesh), expected)
+    np.testing.assert_allclose(expected[1][:, -1], expected[2], atol=1e-9)
 
 
 PACKED = np.zeros(

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from opdjax.models.attention import NO_WINDOW
 from opdjax.models.families import UnsupportedModelError
 from opdjax.models.hf import CheckpointError, open_checkpoint
-from opdjax.models.rope import Rope
+from opdjax.models.rope import UNROTATED, Rope
 
 RAW = {
     "vocab_size": 131,
@@ -99,7 +100,9 @@ def test_attention_factor_is_read_as_a_number(read):
     assert read(**scaled("yarn", **YARN, attention_factor=2)).rope.attention_factor == 2
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize(
+    "family", ["Llama", "Qwen2", "Qwen3", "Qwen3Moe", "Mistral", "Olmo2", "SmolLM3"]
+)
 def test_defaults_equal_transformers(read, family):
     import transformers
 
@@ -151,7 +154,68 @@ def test_options_without_effect_are_ignored(read, family, fields):
     assert read(family, **fields) == read(family)
 
 
-WINDOW = r"use_sliding_window True; expected false \(every layer attends"
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"sliding_window": 8, "max_window_layers": 1}, (NO_WINDOW, 8)),
+        ({"max_window_layers": 0}, (4096, 4096)),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, (4096, NO_WINDOW)),
+    ],
+)
+def test_windows_of_qwen_are_read(read, fields, windows):
+    for family in ("Qwen2", "Qwen3"):
+        assert read(family, use_sliding_window=True, **fields).layer_windows == windows
+
+
+def test_a_null_window_is_no_window(read):
+    assert read("Mistral").layer_windows == (4096, 4096)
+    assert read("Mistral", sliding_window=None) == read("Llama")
+
+
+@pytest.mark.parametrize("family", ["Olmo3", "Gemma3"])
+def test_rotations_by_the_kind_of_the_layer(read, family):
+    nested = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_theta": 1e3},
+    }
+    kinds = ["sliding_attention", "full_attention"]
+    fields = {"layer_types": kinds, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 4}
+    config = read(family, **fields, rope_parameters=nested)
+    assert config.layer_ropes == (Rope(1e3), Rope(1e6, "linear", 8.0))
+    assert config.layer_windows == (4096, NO_WINDOW)
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e3}
+    old |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    local = Rope(1e3 if family == "Gemma3" else 5e5)
+    assert read(family, **fields, **old).layer_ropes == (local, Rope(1e6, "linear", 8.0))
+
+
+def test_experts_are_read(read):
+    """transformers 5 writes `num_local_experts`. The field of dense layers is not needed."""
+    config = read("Qwen3Moe", intermediate_size=...)
+    assert (config.num_experts, config.experts_per_token, config.intermediate_size) == (128, 8, 768)
+    assert (config.head_size, config.normalizes_experts, config.layer_windows) == (4, False, ())
+    for name in ("num_experts", "num_local_experts"):
+        fields = {name: 16, "norm_topk_prob": True, "router_aux_loss_coef": 0.1}
+        config = read("Qwen3Moe", **fields, use_sliding_window=True, mlp_only_layers=[])
+        assert (config.num_experts, config.normalizes_experts) == (16, True)
+        assert config.layer_windows == (4096, 4096)
+
+
+def test_a_part_of_a_head_rotates(read):
+    assert read("Phi3", partial_rotary_factor=0.5).rope == Rope(1e4, rotated=0.5)
+    assert read("Phi3").rope == Rope(1e4)
+    with pytest.raises(UnsupportedModelError, match="partial_rotary_factor 0.4; expected an even"):
+        read("Phi3", partial_rotary_factor=0.4)
+
+
+def test_layers_without_a_window_by_the_familys_rule(read):
+    assert read("Olmo3", num_hidden_layers=5).layer_windows == (4096, 4096, 4096, NO_WINDOW, 4096)
+    config = read("Gemma3", num_hidden_layers=6, head_dim=4, rope_theta=1e6)
+    assert config.layer_windows == (4096,) * 5 + (NO_WINDOW,)
+    assert config.layer_ropes == (Rope(1e4),) * 5 + (Rope(1e6),)
+    assert read("SmolLM3", num_hidden_layers=4).layer_ropes == (Rope(1e4),) * 3 + (UNROTATED,)
+
+
 KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
 
 
@@ -161,22 +225,41 @@ KINDS = r"expected one of \['default', 'linear', 'llama3', 'yarn'\]"
         (
             "Mamba",
             {},
-            r"MambaForCausalLM.*expected one of \['LlamaForCausalLM', 'Qwen2ForCausalLM', "
-            r"'Qwen3ForCausalLM'\]",
+            r"MambaForCausalLM.*expected one of \['Gemma3ForCausalLM', .*'Qwen3ForCausalLM'",
         ),
         ("Qwen3", {"architectures": ...}, "names the architecture nothing"),
         (
             "Qwen2",
-            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-            WINDOW,
-        ),
-        ("Qwen3", {"use_sliding_window": True, "max_window_layers": 0}, WINDOW),
-        (
-            "Qwen2",
             {"layer_types": ["full_attention", "sliding_attention"]},
-            r"layer_types \['full.*\]; expected 'full_attention' in every",
+            r"layer_types \['full.*\]; expected 'full_attention' in every layer \(there is no win",
         ),
-        ("Qwen2", {"layer_types": 3}, "layer_types 3; expected 'full_attention' in every layer"),
+        ("Qwen2", {"layer_types": 3}, "layer_types 3; expected one of .* each of the 2 layers"),
+        ("Gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0; expected null"),
+        ("Gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0; expected n"),
+        ("Gemma3", {"hidden_activation": "gelu"}, "hidden_activation 'gelu'; expected \"gelu_py"),
+        ("Gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention True; exp"),
+        (
+            "Olmo3",
+            {"rope_parameters": {"rope_type": "default"}},
+            "rope_parameters .* an object for each of",
+        ),
+        ("SmolLM3", {"no_rope_layers": [1]}, r"no_rope_layers \[1\]; expected 0 or 1 for each"),
+        ("Mistral", {"layer_types": ["full_attention"] * 2}, "layer_types .* expected null"),
+        ("Qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types .* expected one of"),
+        ("Qwen3Moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2; expected 1"),
+        ("Qwen3Moe", {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\]; expected \[\] \(experts"),
+        (
+            "Qwen3Moe",
+            {"num_experts": 4, "num_experts_per_tok": 5},
+            "per_tok 5; expected .* at most 4",
+        ),
+        ("Qwen3Moe", {"num_experts": 10**6}, "num_experts 1000000; expected .* at most 32768"),
+        (
+            "Qwen3Moe",
+            {"num_experts": 8, "num_local_experts": 9},
+            "num_local_experts 9; expected 8",
+        ),
+        ("Qwen3_5", {}, r"Qwen3_5ForCausalLM'\] \(its layers of linear attention"),
         ("Qwen3", {"hidden_act": "gelu"}, "hidden_act 'gelu'; expected \"silu\""),
         ("Llama", {"mlp_bias": True}, r"mlp_bias True; expected false \(an MLP without biases"),
         ("Llama", {"attention_bias": "yes"}, "attention_bias 'yes'; expected true or false"),

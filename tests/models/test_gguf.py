@@ -295,6 +295,7 @@ def test_sentencepiece_merges_the_pair_of_the_best_score(tmp_path, pieces):
         ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre 'deepseek-llm'"),
         ({"metadata": [("add_rope_dimension_count", (32,))]}, "rope.dimension_count is 32"),
         ({"metadata": [("add_rope_scaling_type", (gguf.RopeScalingType.LONGROPE,))]}, "longrope"),
+        ({"metadata": [("add_sliding_window", (4096,))]}, "attention.sliding_window is 4096"),
         ({"tensors": [("rope_freqs.weight", np.ones(32, "f") * 3)]}, "none of the factors"),
         ({"tensors": [("blk.0.ffn_gate_inp.weight", np.ones((8, 256), "f"))]}, "ffn_gate_inp"),
     ],

@@ -321,9 +321,10 @@ def test_hub_failure_is_named(monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def offline(name, *, revision, allow_patterns):
+    def offline(name, *, revision, allow_patterns, local_files_only):
         raise LocalEntryNotFoundError(f"offline: {name}@{revision}")
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **options: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     words = "downloading it from the hub failed: offline: owner/absent@v1"
     with pytest.raises(CheckpointError, match=words):
@@ -394,7 +395,7 @@ def test_wrong_tensors_are_all_named(copy, name, change, words):
 
 
 def test_many_wrong_tensors_are_counted(copy):
-    path = copy("untied", num_hidden_layers=5)
+    path = copy("untied", num_hidden_layers=5, layer_types=...)
     with pytest.raises(
         CheckpointError, match=r"and 13 more$"
     ):  # 3 absent layers of 11 tensors, 20 of them listed

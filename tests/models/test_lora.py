@@ -21,11 +21,19 @@ from tiny_models import (
 )
 
 from opdjax.config import EstimatorConfig, LoraConfig, ModelConfig, OptimizerConfig
+from opdjax.config.validation import ConfigError
 from opdjax.engine.update import UpdateSpec, init_state, loss_and_grad, make_optimizer, make_update
 from opdjax.models.decoder import abstract_params, forward
 from opdjax.models.hf import CheckpointError, fingerprint, load_params, open_checkpoint
 from opdjax.models.hf_export import export, export_adapter
-from opdjax.models.lora import combine, continues, init_adapters, merged, without_adapters
+from opdjax.models.lora import (
+    combine,
+    continues,
+    init_adapters,
+    merged,
+    with_adapters,
+    without_adapters,
+)
 from opdjax.ops.sharding import make_mesh
 
 LORA = LoraConfig(rank=3, alpha=12.0, targets=("v", "q", "o", "down", "up"))
@@ -39,9 +47,9 @@ def with_scale(config):
     return dataclasses.replace(config, lora_scale=SCALE)
 
 
-def trained_adapters(model, rng, dtype=np.float32):
+def trained_adapters(model, rng, dtype=np.float32, lora=LORA):
     """Adapters whose B is not 0."""
-    adapters = jax.device_get(new_adapters(model, LORA, 0))
+    adapters = jax.device_get(new_adapters(model, lora, 0))
     return jax.tree.map(lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), dtype), adapters)
 
 
@@ -82,7 +90,7 @@ def test_new_adapters_change_nothing_and_trained_ones_are_their_merged_kernels(r
     def stacked(adapted):
         layers = range(model.num_layers)
         return {
-            name: jnp.stack([merged(adapted, name, layer, SCALE) for layer in layers])
+            name: jnp.stack([merged(adapted, name, (layer,), SCALE) for layer in layers])
             for name in whole["layers"]
         }
 
@@ -166,27 +174,47 @@ def test_an_update_trains_the_adapters_alone(rng):
     assert all("_lora_" in name and np.any(leaf) for name, leaf in state.params["layers"].items())
 
 
+# Of the families that do not take all of LORA's.
+TARGETS = {"phi3": ("o", "down"), "qwen3-moe": ("v", "q", "o")}
+
+
 def adapted_pair(pairs, name, rng):
     """(checkpoint, its parameters with trained adapters) of one of the pairs."""
     pair = pairs[name]
-    checkpoint = dataclasses.replace(pair.checkpoint, config=with_scale(pair.config))
-    return checkpoint, combine(pair.params, trained_adapters(pair.config, rng))
+    lora = dataclasses.replace(LORA, targets=TARGETS.get(name, LORA.targets))
+    checkpoint = with_adapters(pair.checkpoint, lora)
+    return checkpoint, combine(pair.params, trained_adapters(pair.config, rng, lora=lora))
 
 
-def test_a_merged_export_is_the_adapted_model(pairs, our_logits, rng, tmp_path):
-    checkpoint, params = adapted_pair(pairs, "bias", rng)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bias",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("olmo3", "smollm3", "gemma3", "phi3", "qwen3-moe")
+        ),
+    ],
+)
+def test_a_merged_export_is_the_adapted_model(name, pairs, our_logits, rng, tmp_path):
+    checkpoint, params = adapted_pair(pairs, name, rng)
     student = open_checkpoint(export(params, checkpoint, tmp_path / "student"))
-    assert student.config == pairs["bias"].config
+    assert student.config == pairs[name].config
     rows = rng.integers(0, 131, (2, 9)), np.ones((2, 9), np.int64)
     expected = our_logits(params, checkpoint.config, *rows)
     found = our_logits(load_params(student, "float32"), student.config, *rows)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    # A sum in bfloat16 would lose changes below 1/256 of a weight; here it is rounded once.
+    assert np.abs(expected - our_logits(pairs[name].params, student.config, *rows)).max() > 0.1
+
+
+def test_merged_kernels_are_rounded_once(pairs, rng):
+    """A sum in bfloat16 would lose changes below 1/256 of a weight."""
+    _, params = adapted_pair(pairs, "bias", rng)
     kernel = params["layers"]["q_kernel"].astype(jnp.bfloat16)
     exact = np.float32(kernel) + SCALE * np.matmul(
         params["layers"]["q_lora_b"], params["layers"]["q_lora_a"]
     )
-    found = merged({"layers": params["layers"] | {"q_kernel": kernel}}, "q_kernel", 1, SCALE)
+    found = merged({"layers": params["layers"] | {"q_kernel": kernel}}, "q_kernel", (1,), SCALE)
     np.testing.assert_allclose(found, exact[1], rtol=1e-5, atol=1e-6)
 
 
@@ -332,3 +360,19 @@ def test_a_tensor_that_is_no_adapter_is_named(pairs, tmp_path):
         CheckpointError, match=r"holds \['model.norm.weight'\]; expected the lora_A"
     ):
         load_params(open_checkpoint(directory), "float32")
+
+
+def test_adapters_of_kernels_that_share_a_tensor_are_refused(pairs):
+    student = pairs["phi3"].checkpoint
+    lora = LoraConfig(rank=2, targets=("o", "down"))
+    assert with_adapters(student, lora).config.lora_scale == lora.scale
+    with pytest.raises(ConfigError, match="targets .* others than q, k, v, gate, up, which share"):
+        with_adapters(student, LoraConfig(rank=2))
+
+
+def test_adapters_of_experts_are_refused(pairs):
+    student, lora = pairs["qwen3-moe"].checkpoint, LoraConfig(rank=2, targets=("q", "k", "v", "o"))
+    assert with_adapters(student, lora).config.lora_scale == lora.scale
+    assert with_adapters(student, LoraConfig()).config == student.config
+    with pytest.raises(ConfigError, match="others than gate, up, down, which are kernels of exp"):
+        with_adapters(student, LoraConfig(rank=2))

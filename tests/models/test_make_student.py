@@ -44,6 +44,28 @@ def test_layers_are_dropped(tmp_path, teacher):
             make_student("@mini_teacher", tmp_path / "none", keep_layers=absent)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("olmo3", "smollm3-window", "qwen2-window", "qwen3-moe")
+        ),
+    ],
+)
+def test_kept_layers_stay_what_they_were(pairs, copy, tmp_path, name):
+    """With the windows and rotations that `config.json` gives them by their number, too."""
+    source = open_checkpoint(copy(name, layer_types=...))
+    kept = [0, source.config.num_layers - 1] if source.config.num_layers > 2 else [1]
+    out = make_student(str(source.path), tmp_path / "student", keep_layers=kept)
+    config = open_checkpoint(out).config
+    assert config.windows == tuple(source.config.windows[layer] for layer in kept)
+    assert config.ropes == tuple(source.config.ropes[layer] for layer in kept)
+    layers, whole = arrays_of(out), arrays_of(source.path)
+    np.testing.assert_array_equal(layers["q_kernel"], whole["q_kernel"][kept])
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_kernels_are_rounded(tmp_path, teacher, bits):
     for name, array in arrays_of(make_student("@mini_teacher", tmp_path / "s", bits=bits)).items():

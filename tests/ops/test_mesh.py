@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from mesh_pair import mesh_config
+from mesh_pair import make_pair, mesh_config
 from tiny_runs import assert_close_run, assert_equal_trees, final_weights, rewound
 
 from opdjax.cli.export import export_step
@@ -46,6 +46,17 @@ def test_a_run_on_eight_devices_equals_the_run_on_one(split, alone):
 def test_every_mesh_equals_one_device(mesh, alone, pair, tmp_path):
     train(mesh_config(pair, MESHES[mesh]), tmp_path / "eight")
     assert_close_run(tmp_path / "eight", alone)
+
+
+@pytest.mark.long
+def test_experts_on_eight_devices_equal_those_on_one(tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    fields = {"architectures": ["Qwen3MoeForCausalLM"], "layer_types": None, **experts}
+    make_pair(tmp_path, **fields)
+    for name, mesh in {"one": MeshConfig(1), "eight": MESHES["2x2x2"]}.items():
+        train(mesh_config(tmp_path, mesh), tmp_path / name)
+    # A token's experts are added in another order.
+    assert_close_run(tmp_path / "eight", tmp_path / "one", rtol=3e-5)
 
 
 def continued(workdir_before, pair, mesh, workdir):

@@ -318,10 +318,10 @@ def test_a_student_is_pushed_to_the_hub(tiny_run, tmp_path, monkeypatch, capsys)
     assert {"README.md", "config.json", "model.safetensors", "opdjax.json"} <= {*files}
 
 
-def test_nothing_is_exported_that_cannot_be_pushed(tmp_path, monkeypatch, capsys):
+def test_nothing_is_exported_that_cannot_be_pushed(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(SystemExit):
-        main_with("export", tmp_path, tmp_path / "out", "--push-to-hub", "owner/name")
+        main_with("export", tiny_run, tmp_path / "out", "--push-to-hub", "owner/name")
     assert "needs a token of the hub, and there is none; run `hf auth" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

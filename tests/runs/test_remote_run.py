@@ -97,7 +97,7 @@ def test_killed_and_continued_elsewhere_it_ends_as_on_a_local_disk(
     assert "the trained student is in gs://bucket/run/student" in out
     assert remote_outcome(tmp_path) == straight
     assert json.loads(folder.read("result.json"))["num_steps"] == 6
-    assert holder_of(folder).is_released
+    assert holder_of(folder).get("released")
     assert not list(
         (tmp_path / "b" / "workdirs").rglob("metrics.jsonl")
     )  # a finished run leaves its scratch empty
@@ -139,7 +139,7 @@ def test_a_stopped_run_gives_its_lease_back_and_another_is_refused_before(gcs, m
     )
     assert re.search(told, out), out
     assert first.returncode == 143
-    assert holder_of(folder).is_released
+    assert holder_of(folder).get("released")
     steps = [row["step"] for row in map(json.loads, folder.read("metrics.jsonl").splitlines())]
     assert f"checkpoints/{steps[-1]}/commit_success.txt" in folder.files()
 

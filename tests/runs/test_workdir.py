@@ -23,6 +23,7 @@ from opdjax.config.validation import ConfigError, from_dict, to_dict
 from opdjax.engine.evaluate import evaluate
 from opdjax.runs.results import evaluations_since_best
 from opdjax.runs.workdir import (
+    COUNTED,
     SPENDING,
     RowCounter,
     WorkdirError,
@@ -32,6 +33,7 @@ from opdjax.runs.workdir import (
     cut_lines,
     environment,
     first_day,
+    lock_file,
     locked,
     read_config,
     read_lines,
@@ -95,6 +97,29 @@ def test_the_lock_is_released_when_the_run_fails(tmp_path):
         run()
     with locked(tmp_path):
         pass
+
+
+def test_nothing_is_left_where_nothing_was_written(tmp_path):
+    workdir = tmp_path / "runs" / "a"
+    with pytest.raises(KeyError), locked(workdir), locked(workdir, "generator"):
+        raise KeyError("the settings")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "runs").mkdir()
+    with locked(workdir):
+        pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
+    with locked(workdir):
+        (workdir / "config.json").touch()
+    assert list(workdir.iterdir()) == [workdir / "config.json"]
+
+
+def test_a_lock_that_its_holder_removes_is_held_by_nobody(tmp_path, monkeypatch):
+    file = tmp_path / ".lock"
+    with monkeypatch.context() as late:
+        late.setattr("fcntl.flock", lambda opened, how: file.unlink())
+        assert lock_file(file) is None
+    with lock_file(file):
+        assert lock_file(file) is None
 
 
 # The config of a run
@@ -364,6 +389,10 @@ def counted(tmp_path):
     counter = RowCounter(tmp_path)
     logged(tmp_path, (1, 2))
     append_lines(tmp_path / "rubrics.jsonl", [{"step": 5}, {"step": 1}])
+    scores = {"eval.jsonl": {"temperature": 0.7}}
+    scores["divergence.jsonl"] = {"student": {}, "teacher": {}}
+    for name, own in scores.items():
+        append_lines(tmp_path / name, [{"step": step} | own for step in (0, 1)])
     first = counter.until(2)
     assert first["metrics.jsonl"]["rows"] == 2
     assert first["spent"]["dollars"] == 0.5
@@ -379,14 +408,16 @@ def counted(tmp_path):
 def test_nothing_is_said_of_a_whole_log(counted, capsys):
     workdir, before = counted
     check_logs(workdir, 4, before)
-    for name in ("metrics.jsonl", "rubrics.jsonl"):
+    for name in COUNTED:
         cut_lines(workdir / name, 4)
     check_logs(workdir, 4, before)
     check_logs(workdir, 4, {})
+    (workdir / "eval.jsonl").rename(workdir / "eval-1.jsonl")  # the evaluation has changed
+    check_logs(workdir, 4, before)
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "rubrics.jsonl"])
+@pytest.mark.parametrize("name", [name for name in COUNTED if name != "samples.jsonl"])
 def test_lost_and_changed_rows_are_counted(counted, name, capsys):
     workdir, before = counted
     text, number = (workdir / name).read_text(), before[name]["rows"]

@@ -43,7 +43,7 @@ def completions(ids):
 
 def step_of(id):
     """The last step that the holder of a point's lease has recorded."""
-    return holder_of(Folder(URL).subfolder(id)).about.get("step") or 0
+    return holder_of(Folder(URL).subfolder(id)).get("step") or 0
 
 
 def test_points_run_there_and_leave_everything_there(monkeypatch, tmp_path):

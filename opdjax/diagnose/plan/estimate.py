@@ -1,12 +1,14 @@
 """The estimate of `opdjax plan`: the bytes that a run holds on a device, and the time of a step.
 
 The bytes follow the programs as they are written. The few factors that XLA chooses are named below;
-they were read from its buffer assignments for TPU v5e and v6e. `--aot` compares both.
+they were read from its buffer assignments for TPU v5e and v6e. `--aot` compares both. An expert's
+work is counted for its own tokens, as TPUs do it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -105,11 +107,21 @@ def estimate(workload: Workload) -> Plan:
 
 
 def _layer_flops(model: DecoderConfig, tokens: float, context: float) -> float:
-    """Return the layers' operations; each token attends to `context` columns, masked or not."""
+    """Return the layers' operations; each token attends to `context` columns, masked or not. Only
+    splash attention skips columns before a layer's window.
+    """
     attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_size * model.hidden_size
-    kernels = attention + 3 * model.intermediate_size * model.hidden_size
-    scores = 4 * model.num_layers * context * model.num_heads * model.head_size
+    mlp = 3 * (model.experts_per_token or 1) * model.intermediate_size + model.num_experts
+    kernels = attention + mlp * model.hidden_size
+    skips = model.attention == "splash"
+    columns = sum(min(window, context) if skips else context for window in model.windows)
+    scores = 4 * columns * model.num_heads * model.head_size
     return tokens * (2 * model.num_layers * kernels + scores)
+
+
+def _unfused(model: DecoderConfig) -> DecoderConfig:
+    """Return the model as the sampler runs it: its attention is always that of XLA."""
+    return dataclasses.replace(model, attention="xla")
 
 
 def _head_flops(model: DecoderConfig, tokens: float) -> float:
@@ -125,7 +137,7 @@ def _work_of(workload: Workload) -> dict[str, tuple[float, float]]:
     parts, work = config.train.gradient_accumulation_steps, dict.fromkeys(PROGRAMS, (0.0, 0.0))
     weights_of = lambda model: bytes_of(workload.params(model, workload.dtype, SAMPLER_AXES))
     if workload.writer != "none":
-        model = workload.sampled_model
+        model = _unfused(workload.sampled_model)
         weights = weights_of(model)
         # A prompt is read once for all of its completions.
         flops = _layer_flops(model, config.train.prompts_per_step * prompt, prompt)
@@ -203,8 +215,9 @@ def _muon_bytes(workload: Workload) -> int:
     if workload.config.optimizer.name != "muon":
         return 0
     leaves = jax.tree.leaves(workload.trained("float32", WEIGHT_AXES)["layers"])
-    matrices = [leaf for leaf in leaves if leaf.ndim == 3]
-    return max(2 * bytes_of(x) + 3 * 4 * x.shape[0] * min(x.shape[1:]) ** 2 for x in matrices)
+    matrices = [leaf for leaf in leaves if leaf.ndim >= 3]
+    number = lambda x: math.prod(x.shape[:-2])
+    return max(2 * bytes_of(x) + 3 * 4 * number(x) * min(x.shape[-2:]) ** 2 for x in matrices)
 
 
 def _gathered_table(workload: Workload, model: DecoderConfig, split_over: tuple[str, ...]) -> int:
@@ -212,6 +225,15 @@ def _gathered_table(workload: Workload, model: DecoderConfig, split_over: tuple[
     is_sharded = workload.layout.shape["fsdp"] > 1 and "fsdp" in split_over
     rows = model.vocab_size // workload.layout.shape["tensor"] * is_sharded
     return rows * model.hidden_size * workload.itemsize
+
+
+def _gathered_experts(workload: Workload, model: DecoderConfig, split_over: tuple[str, ...]) -> int:
+    """Return the bytes of a layer's experts, most of its weights, gathered along `fsdp`; 0 if they
+    are not sharded.
+    """
+    is_sharded = workload.layout.shape["fsdp"] > 1 and "fsdp" in split_over
+    experts = model.num_experts // workload.layout.shape["tensor"] * is_sharded
+    return 3 * experts * model.intermediate_size * model.hidden_size * workload.itemsize
 
 
 def _rollouts(workload: Workload) -> list[Item]:
@@ -281,8 +303,7 @@ def _generating(
     # prompts (the keys, then the values), are in the buffer assignment of `advance` for v5e.
     gathered = prefix * workload.row_shards if workload.row_shards > 1 else 0
     chosen = cache_bytes(model, stored, rows, prompt, tensor) // 2
-    unfused = dataclasses.replace(model, attention="xla")  # the sampler's attention always is
-    activations = _forward_bytes(workload, unfused, waiting, prompt)
+    activations = _forward_bytes(workload, _unfused(model), waiting, prompt)
     return [
         Item("KV cache, prompt and completion", cache, phases, decoding),
         Item("KV cache of waiting prompts", prefix, phases),
@@ -306,8 +327,17 @@ def _forward_bytes(workload: Workload, model: DecoderConfig, rows: int, columns:
     """
     tensor, cells = workload.layout.shape["tensor"], rows * columns
     scores = cells * columns * (model.num_heads // tensor) * 4 * (model.attention == "xla")
-    mlp = cells * 3 * (model.intermediate_size // tensor) * workload.itemsize
+    mlp = cells * _mlp_width(model, tensor) * workload.itemsize
     return max(scores, mlp) + 2 * cells * model.hidden_size * 4
+
+
+def _mlp_width(model: DecoderConfig, tensor: int) -> int:
+    """Return the numbers that a layer's MLP holds of a token. Experts hold those of each that it
+    uses, with input and output, on all devices of `tensor`: which one has them is not known before.
+    """
+    if not model.num_experts:
+        return 3 * (model.intermediate_size // tensor)
+    return model.experts_per_token * (3 * model.intermediate_size + 2 * model.hidden_size)
 
 
 def _tile_bytes(workload: Workload, tokens: int | None = None) -> int:
@@ -326,6 +356,7 @@ def _scoring(workload: Workload) -> list[Item]:
     # The embedding is freed after the lookup.
     table = _gathered_table(workload, model, workload.scoring_split)
     layer = _forward_bytes(workload, model, workload.micro_rows, workload.columns)
+    experts = _gathered_experts(workload, model, workload.scoring_split)
     applies_head = workload.needs != "vocabulary"  # otherwise the update does
     head = table * (applies_head and not model.ties_embeddings)
     tiles, rest = 2 * _tile_bytes(workload) * applies_head, bytes_of(batch) - hidden - top
@@ -335,6 +366,7 @@ def _scoring(workload: Workload) -> list[Item]:
         Item("teacher's hidden states, whole batch", hidden, phases, phases),
         Item("teacher's most likely ids, with log-probabilities", top, phases, phases),
         Item("teacher's head, gathered", head, ("teacher",)),
+        Item("teacher's experts of a layer, gathered", experts, ("teacher",)),
         Item("vocabulary tiles of the teacher", tiles, ("teacher",)),
     ]
 
@@ -350,6 +382,7 @@ def _updating(workload: Workload) -> list[Item]:
     table *= not config.lora.rank
     if workload.needs == "vocabulary":
         teacher_head = _gathered_table(workload, workload.scoring_model, workload.scoring_split)
+    experts = _gathered_experts(workload, student, WEIGHT_AXES)
     tiles, loss, backward = _TILES[workload.needs], ("loss",), ("backward",)
     gradient = cast or trained * (config.train.gradient_accumulation_steps > 1)
     return [
@@ -363,6 +396,7 @@ def _updating(workload: Workload) -> list[Item]:
         Item("head's gradient", table * workload.itemsize, backward),
         Item("gradient of a micro-batch", gradient, backward),
         Item("a layer's activations, backward", _backward_bytes(workload), backward),
+        Item("experts of a layer, gathered, and their gradient", 2 * experts, backward),
         Item("Muon's products of a matrix, all layers", _muon_bytes(workload), backward),
     ]
 
@@ -396,5 +430,5 @@ def _backward_bytes(workload: Workload) -> int:
     model, rows, columns = workload.student, workload.micro_rows, workload.columns
     tensor, size = workload.layout.shape["tensor"], workload.itemsize
     scores = rows * model.num_heads // tensor * columns * columns * (2 * 4 + size)
-    width = 6 * model.intermediate_size // tensor + 8 * model.hidden_size
+    width = 2 * _mlp_width(model, tensor) + 8 * model.hidden_size
     return scores * (model.attention == "xla") + rows * columns * width * size

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from opdjax.diagnose.plan.aot import Program
 from opdjax.diagnose.plan.estimate import PROGRAMS, Plan
 from opdjax.diagnose.plan.hlo import traffic
+from opdjax.models.decoder import DecoderConfig, num_parameters
 from opdjax.ops.vocab import TILE
 
 _GIB, _MIB = 2**30, 2**20
@@ -35,6 +36,9 @@ def _heading(plan: Plan) -> str:
     text += f", {topology.hosts} host{'s' if topology.hosts > 1 else ''}; mesh {mesh}"
     text += f"; {generating} devices generate" if generating else ""
     text += f"; {idle} devices are idle" if idle > 0 else ""
+    text += f"\nparameters: {_parameters('student', workload.student)}"
+    if workload.teacher is not None and not workload.has_reference:
+        text += f"; {_parameters('teacher', workload.teacher)}"
     text += f"\na step: {config.rows_per_step} rows of {workload.prompt_columns}"
     text += f" + {config.sampling.max_completion_length} tokens"
     text += f", packed into rows of {packed}" if packed else ""
@@ -43,6 +47,13 @@ def _heading(plan: Plan) -> str:
     if near.schedule != "none":
         text += "\nrollouts are asynchronous: everything is counted on the learner's devices, "
         text += "as if every step sampled and scored its own"
+    return text
+
+
+def _parameters(role: str, model: DecoderConfig) -> str:
+    text = f"{role} {num_parameters(model):,}"
+    if model.num_experts:
+        text += f", of which {num_parameters(model, of_token=True):,} act on a token"
     return text
 
 

@@ -20,7 +20,7 @@ from opdjax.data.prompts import padded_width
 from opdjax.estimators import estimator_of
 from opdjax.models.decoder import DecoderConfig, abstract_params
 from opdjax.models.hf import open_checkpoint
-from opdjax.models.lora import combine, init_adapters
+from opdjax.models.lora import combine, init_adapters, with_adapters
 from opdjax.models.partitioning import SAMPLER_AXES, WEIGHT_AXES, require_divides, shardings_of
 from opdjax.ops.sharding import abstract_like, by_row, mesh_sizes
 from opdjax.rollouts.setup import attention_of, compute_dtype, needs_teacher, require_rows_divide
@@ -160,12 +160,15 @@ def read_workload(config: Config, topology: Topology) -> Workload:
     require_rows_divide(config, row_shards)
 
     def shape_of(model: ModelConfig, role: str) -> DecoderConfig:
-        shape = open_checkpoint(*model.place, with_weights=False).config
+        checkpoint = open_checkpoint(*model.place, with_weights=False)
+        if role == "student":
+            checkpoint = with_adapters(checkpoint, config.lora)
+        shape = checkpoint.config
         require_divides(shape, mesh, f"the {role} {model.path}")
         attention = attention_of(config.train, shape.head_size, role, topology.backend)
         return dataclasses.replace(shape, attention=attention)
 
-    student = dataclasses.replace(shape_of(config.student, "student"), lora_scale=config.lora.scale)
+    student = shape_of(config.student, "student")
     dtype = compute_dtype(config.train.dtype, topology.backend)
     estimator, teacher, split = estimator_of(config.estimator), None, SAMPLER_AXES
     needs = estimator.teacher

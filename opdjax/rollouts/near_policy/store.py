@@ -70,15 +70,17 @@ class RolloutStore:
 
     def report_lost(self, first: int) -> None:
         """Print what is gone of the rollouts that the steps before `first` trained on."""
-        config, stored = self.setup.config, shards.versions(self.workdir)
+        config = self.setup.config
+        steps = range(config.train.first_step, first)
+        stored = shards.versions(self.workdir) if steps else []
         is_continuous = config.near_policy.schedule == "continuous"
         # The newest version of a refresh is made again where it is needed.
-        wanted = [v for v in config.refresh_steps if config.train.first_step <= v < first][:-1]
+        wanted = [v for v in config.refresh_steps if v in steps][:-1]
         for stage in ("samples", "annotations")[: 1 + stages.is_annotated(config)]:
             found = {v: shards.shard_paths(self.directory(v), stage).keys() for v in stored}
             if is_continuous:
                 every = set().union(*found.values())
-                lost = [n for n in range(config.train.first_step, first) if n not in every]
+                lost = [n for n in steps if n not in every]
             else:
                 numbers = self.blocks(0) if wanted else ()
                 lost = [(v, n) for v in wanted for n in numbers if n not in found.get(v, ())]

@@ -23,6 +23,7 @@ from opdjax.diagnose.plan.aot import lower_update, measure
 from opdjax.diagnose.plan.estimate import cache_bytes, estimate, kept_activations
 from opdjax.diagnose.plan.table import fits, verdict
 from opdjax.diagnose.plan.workload import abstract_mesh, bytes_of, read_workload
+from opdjax.models.attention import NO_WINDOW
 from opdjax.models.decoder import init_params, num_parameters
 from opdjax.ops.sharding import make_mesh
 from opdjax.ops.vocab import TILE
@@ -163,6 +164,39 @@ def test_work_of_a_step(run_of):
     assert plan.bounds["update"].flops == 3 * trunk + 3 * 2 * 8 * 16 * 32 * 8 + 2 * 8 * 16 * 32 * 16
     assert plan.bounds["update"].seconds >= plan.bounds["update"].flops / 4 / 197e12
     assert plan.bounds["sample"].is_by_memory
+
+
+def test_only_splash_attention_skips_what_lies_before_a_window(run_of):
+    """Of 32 columns, one of the teacher's two layers attends to 4."""
+    workload = run_of("v5e-4")
+
+    def flops(attention):
+        changes = {"layer_windows": (4, NO_WINDOW), "attention": attention}
+        teacher = dataclasses.replace(workload.teacher, **changes)
+        bounds = estimate(dataclasses.replace(workload, teacher=teacher)).bounds
+        assert bounds["sample"] == plan.bounds["sample"]
+        return bounds["teacher"].flops
+
+    plan = estimate(workload)
+    assert flops("xla") == plan.bounds["teacher"].flops
+    assert flops("xla") - flops("splash") == 8 * 32 * 4 * (32 - 4) * 2 * 8
+
+
+def test_experts_are_all_held_and_some_used(run_of):
+    """Two of four experts of a token, each of the size of the MLP that they replace."""
+    workload, mlp = run_of("v5e-4"), 3 * 128
+    changes = {"num_experts": 4, "experts_per_token": 2}
+    student = dataclasses.replace(workload.student, **changes)
+    router = 4 * 8
+    total = KERNELS + 2 * (3 * mlp + router) + NORMS + EMBEDDING
+    assert num_parameters(student) == total
+    assert num_parameters(student, of_token=True) == total - 2 * 2 * mlp
+    dense, plan = estimate(workload), estimate(dataclasses.replace(workload, student=student))
+    more = plan.bounds["update"].flops - dense.bounds["update"].flops
+    assert more == 3 * 2 * 2 * (mlp + router) * 8 * 32
+    held = sizes(plan, "backward")["experts of a layer, gathered, and their gradient"]
+    assert held == 2 * 4 * mlp * 2
+    assert plan.held("backward") > dense.held("backward")
 
 
 def test_what_does_not_fit_is_named(run_of):

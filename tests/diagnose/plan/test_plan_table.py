@@ -1,5 +1,6 @@
 """`opdjax plan`: its table, its exit status, its errors."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from opdjax.diagnose.plan.table import fits, text, verdict
 
 HEADING = """\
 v5e-4: 4 devices of 15.75 GiB, 1 host; mesh data 2 x fsdp 2 x tensor 1
+parameters: student 1,448; teacher 5,712
 a step: 8 rows of 16 + 16 tokens; on a device 2 rows, 1 at a time (2 micro-batches)
 """
 
@@ -70,6 +72,13 @@ def test_the_table(run_of):
     assert lines["limited by"][1] == "memory"
     assert "at most 128 completion tokens a step" in shown
     assert shown.endswith(f"of {plan.capacity / 2**30:.2f} GiB")
+
+
+def test_parameters_of_a_token_are_shown_of_experts(run_of):
+    workload = run_of("v5e-4")
+    student = dataclasses.replace(workload.student, num_experts=4, experts_per_token=1)
+    shown = text(estimate(dataclasses.replace(workload, student=student)))
+    assert "student 3,816, of which 1,512 act on a token; teacher 5,712\n" in shown
 
 
 def test_the_compilers_report_is_added(run_of):
