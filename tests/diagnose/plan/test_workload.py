@@ -59,11 +59,12 @@ def test_a_config_json_alone_is_enough(model):
 def test_only_the_configs_of_a_hub_id_are_downloaded(model, monkeypatch):
     asked = []
 
-    def download(name, revision, allow_patterns):
+    def download(name, revision, allow_patterns, local_files_only):
         asked.append((name, revision, allow_patterns))
         return model("downloaded" + str(len(asked)))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     config = Config(
         student=ModelConfig("owner/one@main"),
         teacher=ModelConfig("owner/two"),
