@@ -35,7 +35,7 @@ from collections.abc import Iterator
 
 from benchmarks.core import to_markdown
 from chaos_faults import FAULTS, KINDS, POISON, Moment
-from chaos_runs import BASE, LONGEST, MODES, Run, judge_server, last_line
+from chaos_runs import BASE, LONGEST, MODES, UNREADABLE, Run, judge_server, last_line
 from fake_gcs import FakeGcs
 
 from opdjax.runs.workdir import append_lines, read_lines
@@ -170,6 +170,8 @@ class Trial:
         says = re.search(r"(left out|made again|lacks|damaged|skipped|are lost|were lost).*", said)
         stated = [says[0]] if says else []
         stated += [f"skipped steps: {count}" for count in found["steps"][1:] if count]
+        if differs == ["rollouts"]:
+            stated += [line for line in found["rollouts"] if line.startswith(UNREADABLE)]
         judgements = read_lines(run.workdir / "rubrics.jsonl")
         stated += ["problems of replies" for row in judgements if row["problems"]]
         if self.fault.may_lose and stated:

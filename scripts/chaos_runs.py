@@ -52,6 +52,7 @@ FORK = multiprocessing.get_context("fork")
 COMPILED = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
 # Metrics that differ from run to run.
 UNEQUAL = ("time/", "perf/tokens_per_second", "api/", "problems")
+UNREADABLE = "damaged and named by its reader: "
 URL = "gs://bucket/run"
 BASE = {
     "data": {"max_prompt_length": 32},
@@ -266,7 +267,12 @@ def account(config: Config, workdir: pathlib.Path) -> list[str]:
         if samples.keys() != read.keys():
             problems.append(f"version {version}: samples {[*samples]}, annotations {[*read]}")
         for number in samples.keys() & read.keys():
-            columns, other = (shards.read_shard(paths[number]).columns for paths in (samples, read))
+            try:
+                both = [shards.read_shard(paths[number]).columns for paths in (samples, read)]
+            except shards.ShardError as error:  # once trained on, no process reads it again
+                problems.append(f"{UNREADABLE}{error}")
+                continue
+            columns, other = both
             if not np.array_equal(columns["prompt_id"], other["prompt_id"]):
                 problems.append(f"{samples[number].name}: another annotation")
             names = ("step", "prompt_id", "sample_id", "policy_version")
