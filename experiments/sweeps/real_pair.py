@@ -19,7 +19,7 @@ from opdjax.config import EstimatorConfig, NearPolicyConfig
 from opdjax.config.experiments import config_beside
 from opdjax.config.grid import SweepPoint, arms, chain, points, product, seeds, vary
 
-STEPS, PROMPTS, LENGTH = 16, 8, 48
+STEPS, PROMPTS, LENGTH = 12, 8, 48
 
 
 def recipe(name: str, **options) -> dict:
@@ -69,6 +69,7 @@ def get_sweep() -> list[SweepPoint]:
     base = replace(
         paper,
         sampling=replace(paper.sampling, max_completion_length=LENGTH),
+        optimizer=replace(paper.optimizer, warmup_steps=2),
         train=replace(paper.train, num_steps=STEPS, prompts_per_step=PROMPTS),
         evaluation=replace(
             paper.evaluation, num_prompts=32, max_completion_length=LENGTH, every=STEPS // 2
