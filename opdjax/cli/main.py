@@ -45,7 +45,8 @@ ALIASES = {"teach": "references", "annotate": "score", "inspect": "rollouts", "i
 
 # Errors of the package that a caller inside it handles: one that gets here is a bug.
 _INTERNAL_ERRORS = ("ReplyError",)
-_PEER_LOST = "Connection closed by peer"  # in an error of jax, between processes on CPUs
+# In an error of jax between processes on CPUs whose peer has ended: closed, reset, broken pipe.
+_PEER_LOST = "Gloo"
 _EXIT_SECONDS = 3.0
 _CACHE_BYTES = 4 << 30  # of compiled programs; jax drops the ones that were used longest ago
 
@@ -138,7 +139,10 @@ def _text(error: BaseException) -> str:
             "(`opdjax plan` estimates the memory), and the same command continues"
         )
     if _PEER_LOST in str(error):
-        return "another process of the run has ended; run the same command again in every process"
+        return (
+            "another process of the run has ended, or cannot be reached; run the same command again "
+            "in every process"
+        )
     return str(error) or type(error).__name__
 
 

@@ -569,6 +569,13 @@ def test_a_device_without_memory_is_the_users_to_help():
         assert main._text(error) == str(error)
 
 
+@pytest.mark.parametrize("cause", ["Connection closed by peer", "Connection reset by peer"])
+def test_a_lost_peer_is_said_in_one_line(cause):
+    error = jax.errors.JaxRuntimeError(f"UNKNOWN: Gloo all-reduce failed: Read error: {cause}")
+    assert main.is_user_error(error)
+    assert main._text(error).startswith("another process of the run has ended")
+
+
 @pytest.mark.parametrize(
     "words", [("check",), ("evaluate",), ("sample", "1+1=")], ids=lambda words: words[0]
 )
