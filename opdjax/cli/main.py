@@ -140,8 +140,8 @@ def _text(error: BaseException) -> str:
         )
     if _PEER_LOST in str(error):
         return (
-            "another process of the run has ended, or cannot be reached; run the same command again "
-            "in every process"
+            "another process of the run has ended, or cannot be reached; run the same command "
+            "again in every process"
         )
     return str(error) or type(error).__name__
 
