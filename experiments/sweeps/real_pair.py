@@ -19,7 +19,7 @@ from opdjax.config import EstimatorConfig, NearPolicyConfig
 from opdjax.config.experiments import config_beside
 from opdjax.config.grid import SweepPoint, arms, chain, points, product, seeds, vary
 
-STEPS, PROMPTS, LENGTH = 12, 8, 48
+STEPS, PROMPTS, LENGTH = 12, 8, 32
 
 
 def recipe(name: str, **options) -> dict:
@@ -76,7 +76,9 @@ def get_sweep() -> list[SweepPoint]:
         ),
         checkpoint=replace(paper.checkpoint, every=STEPS // 2),
     )
-    validation = vary("evaluation.source", {"validation": "instructions:validation"})
-    grids = [product(at(name, GRID), validation, seeds(1, first=100)) for name in METHODS]
+    # The grid is scored before and after, the comparison in the middle as well.
+    validation = {"evaluation.source": "instructions:validation", "evaluation.every": STEPS}
+    grid = product(arms({"validation": validation}, "scored_on"), seeds(1, first=100))
+    grids = [product(at(name, GRID), grid) for name in METHODS]
     compared = [product(at(name, (rate,)), seeds(3)) for name, rate in BEST_RATE.items()]
     return points(base, chain(*grids, *compared))

@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-# Two-sided 95 % quantile of the normal distribution. Evaluations have hundreds of prompts, where
-# Student's t agrees to the third digit.
-_Z95 = 1.959964
+_Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 _RESAMPLES = 1000  # of the bootstrap
 NO_RIGHT_ANSWER = "no answer was graded right: check the grader, and completions by opdjax sample"
 
@@ -68,7 +66,8 @@ def maj_at_k(votes: Sequence[Sequence[int | None]], correct: np.ndarray) -> np.n
 
 
 def mean_and_interval(per_prompt: np.ndarray) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval) over prompts; the width is infinite for one.
+    """(mean, half width of its 95 % interval) over prompts, by Student's t (a suite may have 30
+    problems); the width is infinite for one.
 
     Of a share that is 0, or 1, for all n prompts, or of a difference of two such shares, it is 3/n
     (the rule of three): a deviation of 0 would claim certainty.
@@ -78,7 +77,7 @@ def mean_and_interval(per_prompt: np.ndarray) -> tuple[float, float]:
         return mean, math.inf
     if abs(mean) in (0.0, 1.0) and (per_prompt == mean).all():
         return mean, rule_of_three(count)
-    return mean, float(_Z95 * per_prompt.std(ddof=1) / math.sqrt(count))
+    return mean, float(_t95(count - 1) * per_prompt.std(ddof=1) / math.sqrt(count))
 
 
 def rule_of_three(count: int) -> float:
@@ -104,7 +103,12 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return float(values[0]), math.inf
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(stdtrit(len(values) - 1, 0.975)) * error
+    return statistics.fmean(values), _t95(len(values) - 1) * error
+
+
+def _t95(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t."""
+    return float(stdtrit(freedom, 0.975))
 
 
 def clustered_ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
@@ -163,7 +167,7 @@ def _clustered_half_width(influence: np.ndarray) -> float:
     if size < 2:
         return math.inf
     variance = (influence**2).sum() * size / (size - 1)
-    return float(stdtrit(size - 1, 0.975)) * math.sqrt(variance)
+    return _t95(size - 1) * math.sqrt(variance)
 
 
 def paired_by_seed(

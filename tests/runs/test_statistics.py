@@ -25,6 +25,8 @@ from opdjax.runs.statistics import (
     shares_of_gap,
 )
 
+T_OF_3 = 3.1824463  # two-sided 95 % quantile of Student's t with 3 degrees of freedom
+
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=7), st.data())
@@ -88,7 +90,7 @@ def test_interval_by_hand():
     # root / 2 = .2393568.
     mean, half = mean_and_interval(np.array([0.0, 1.0, 1.0, 0.5]))
     assert mean == 0.625
-    assert half == pytest.approx(1.959964 * 0.2393568, rel=1e-6)
+    assert half == pytest.approx(T_OF_3 * 0.2393568, rel=1e-6)
 
 
 def test_interval_takes_the_prompt_as_the_unit():
@@ -96,7 +98,7 @@ def test_interval_takes_the_prompt_as_the_unit():
     answers = np.array([[0], [1], [1], [1]])
     single, repeated = (mean_and_interval(avg_at_k(np.repeat(answers, n, axis=1))) for n in (1, 8))
     assert single == repeated
-    assert repeated[1] == pytest.approx(1.959964 * math.sqrt(0.75 * 0.25 / 3), rel=1e-6)
+    assert repeated[1] == pytest.approx(T_OF_3 * math.sqrt(0.75 * 0.25 / 3), rel=1e-6)
 
 
 def test_interval_of_one_prompt_is_unknown():
@@ -119,14 +121,23 @@ def test_the_interval_covers_the_truth_in_about_19_of_20_samples():
     assert 920 <= hits <= 970
 
 
-def test_the_interval_of_a_paired_difference_covers_the_truth_in_about_19_of_20_samples():
-    rng, hits = np.random.default_rng(1), 0
-    for _ in range(1000):
-        chance = rng.beta(0.6, 0.6, 200)  # of each problem
-        before, after = rng.binomial(8, chance) / 8, rng.binomial(8, 0.9 * chance + 0.04) / 8
-        mean, half = paired_difference(before, after)
-        hits += abs(mean - (0.04 - 0.1 * 0.5)) <= half
-    assert 925 <= hits <= 970
+@pytest.mark.parametrize("num_problems", [30, 200])
+def test_the_interval_of_a_paired_difference_covers_the_truth_in_about_19_of_20_samples(
+    num_problems,
+):
+    rng, hits = np.random.default_rng(1), {"avg@8": 0, "pass@8": 0}
+    chances = rng.beta(0.6, 0.6, (2000, num_problems))  # of each problem
+    gained = 0.9 * chances + 0.04
+    at_least_one = lambda chance: (1 - (1 - chance) ** 8).mean()
+    truth = {"avg@8": gained.mean() - chances.mean()}
+    truth["pass@8"] = at_least_one(gained) - at_least_one(chances)
+    for before, after in zip(rng.binomial(8, chances), rng.binomial(8, gained)):
+        scores = {"avg@8": (before / 8, after / 8), "pass@8": (before > 0, after > 0)}
+        for name, (one, two) in scores.items():
+            mean, half = paired_difference(one * 1.0, two * 1.0)
+            hits[name] += abs(mean - truth[name]) <= half
+    for found in hits.values():
+        assert 0.93 <= found / 2000 <= 0.97
 
 
 def test_paired_difference_by_hand():
@@ -135,7 +146,7 @@ def test_paired_difference_by_hand():
     before, after = np.array([0.0, 0.5, 1.0, 0.25]), np.array([0.5, 0.5, 0.5, 1.0])
     mean, half = paired_difference(before, after)
     assert mean == 0.1875
-    assert half == pytest.approx(1.959964 * 0.2771695, rel=1e-6)
+    assert half == pytest.approx(T_OF_3 * 0.2771695, rel=1e-6)
     assert paired_difference(after, before) == (-mean, half)
 
 

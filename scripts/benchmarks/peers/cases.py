@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +17,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.models import EOS, MODELS, PAD, decoder_of, write_model
+from opdjax.data.tasks.instructions import instructions
+from opdjax.data.tokenizer import load_tokenizer
 from opdjax.models.decoder import init_params
 
 FIRST_WORD = 2
+NEVER_SAMPLED = "<file_sep>"  # a token of SmolLM2 that no chat has
 NUM_PROMPTS = 4096
 SIZES = {
     "tokens": 256,  # of the loss
@@ -62,16 +67,18 @@ FORMS = {  # opdjax's comes first
 
 def cases_of(kind: str, sizes: dict[str, Any], inputs: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Yield the cases of one kind, each with a title for the table and all that a worker needs."""
-    shared = sizes | inputs | {"kind": kind, "student_shape": MODELS["3.4M"], "stop_ids": [EOS]}
+    shared = {"stop_ids": [EOS], "dtype": "float32", "student_shape": MODELS["3.4M"]}
+    shared |= sizes | inputs | {"kind": kind}
+    name = "" if shared["dtype"] == "float32" else f", {shared['dtype']}"
     if kind == "loss":
         title = f"forward KL from logits [{sizes['tokens']}, {sizes['vocab']}]"
         yield shared | {"title": title}
     elif kind == "generate":
         for top_p in (1.0, 0.95):
-            title = f"generation, {sizes['batch']} x {sizes['new']} tokens, top-p {top_p}"
+            title = f"generation, {sizes['batch']} x {sizes['new']} tokens, top-p {top_p}{name}"
             yield shared | {"title": title, "top_p": top_p, "prompts": sizes["batch"]}
     else:
-        title = f"on-policy step, {sizes['step_batch']} x {sizes['new']} tokens"
+        title = f"on-policy step, {sizes['step_batch']} x {sizes['new']} tokens{name}"
         yield shared | {"title": title, "prompts": NUM_PROMPTS}
 
 
@@ -87,6 +94,37 @@ def write_inputs(root: pathlib.Path) -> dict[str, str]:
         rows = [{"prompt": " ".join(f"w{i}" for i in row), "ids": row} for row in ids.tolist()]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {name: str(path) for name, path in paths.items()}
+
+
+def pretrained_inputs(
+    root: pathlib.Path, student: pathlib.Path, teacher: pathlib.Path, length: int
+) -> dict[str, Any]:
+    """Return the inputs of a pretrained pair: prompts of `length` ids, cut out of the built-in
+    instructions, and copies of the models, whose stop token is one that they do not sample.
+    """
+    tokenizer = load_tokenizer(student)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    if (stop := tokenizer.get_vocab().get(NEVER_SAMPLED)) is None:
+        raise ValueError(f"{student}: expected a token {NEVER_SAMPLED} in its vocabulary")
+    ids = encode(" ".join(instructions("train")))
+    cuts = [ids[start : start + length] for start in range(0, len(ids) - length, length)]
+    rows = [{"prompt": tokenizer.decode(cut), "ids": cut} for cut in cuts]
+    shutil.rmtree(root, ignore_errors=True)
+    fields = {
+        "config.json": {"eos_token_id": stop},
+        "generation_config.json": {"eos_token_id": stop},
+    }
+    fields["tokenizer_config.json"] = {"eos_token": NEVER_SAMPLED}
+    for name, source in (("student", student), ("teacher", teacher)):
+        shutil.copytree(source, root / name)
+        for file, values in fields.items():
+            content = json.loads((source / file).read_text()) | values
+            (root / name / file).write_text(json.dumps(content))
+    file = root / "prompts.jsonl"
+    kept = [json.dumps(row) + "\n" for row in rows if encode(row["prompt"]) == row["ids"]]
+    file.write_text("".join(kept))
+    paths = {"student": root / "student", "teacher": root / "teacher", "prompts_file": file}
+    return {name: str(path) for name, path in paths.items()} | {"stop_ids": [stop]}
 
 
 def write_random_model(raw: dict[str, Any], seed: int, out: pathlib.Path) -> None:

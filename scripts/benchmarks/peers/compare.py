@@ -13,10 +13,19 @@ from functools import partial
 import jax
 
 from benchmarks.core import Row, alternate, num_cores, progress, report
-from benchmarks.peers.cases import FORMS, SIZES, TINY, Form, cases_of, write_inputs
+from benchmarks.peers.cases import (
+    FORMS,
+    SIZES,
+    TINY,
+    Form,
+    cases_of,
+    pretrained_inputs,
+    write_inputs,
+)
 from benchmarks.peers.worker import PINS, Worker, python_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[3] / ".bench"
+PAIR = "directories of SmolLM2 for generate and step, with --peers trl; default: random models"
 TOLERANCE = 1e-3  # relative, between losses and between gradient norms
 
 
@@ -34,13 +43,20 @@ def add_peers(parser: argparse.ArgumentParser) -> None:
     # The step comes last: its trainers keep their threads.
     add("--only", nargs="+", choices=tuple(FORMS), default=tuple(FORMS), help="kinds of work")
     add("--peers", nargs="*", choices=tuple(PINS), default=list(PINS), help="systems to compare")
+    add("--pair", nargs=2, type=pathlib.Path, metavar=("STUDENT", "TEACHER"), help=PAIR)
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --pair")
     add("--tiny", action="store_true", help="tiny sizes, to try the command")
 
 
 def peers(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers too
     jax.config.update("jax_platforms", "cpu")  # this process only writes the inputs
-    sizes, inputs = TINY if options.tiny else SIZES, write_inputs(ROOT / "models")
+    sizes = TINY if options.tiny else SIZES
+    if options.pair:
+        sizes |= {"new": 48, "batch": 8, "dtype": options.dtype}
+        inputs = pretrained_inputs(ROOT / "pair", *options.pair, sizes["prompt"])
+    else:
+        inputs = write_inputs(ROOT / "models")
     workers: dict[str, list[Worker]] = {}
     failures: dict[str, str] = {}
     rows: list[Row] = []
@@ -138,6 +154,7 @@ def shown_row(row: Row) -> Row:
         "seconds": row["seconds"],
         "CPU seconds": row["cpu_seconds"],
         "useful tokens/s": row["tokens_per_second"],
+        "peak GB": facts.get("peak GB"),
         "opdjax / peer": row.get("ratio"),
         "loss": facts.get("loss"),
         "gradient norm": facts.get("gradient norm"),

@@ -32,7 +32,7 @@ def dense(case):
 
 def sampler(case):
     checkpoint = open_checkpoint(case["student"])
-    params, tokens = load_params(checkpoint, "float32"), protocol.read_prompts(case, "ids")
+    params, tokens = load_params(checkpoint, case["dtype"]), protocol.read_prompts(case, "ids")
     tokens, numbers = np.array(tokens, np.int32), np.arange(len(tokens), dtype=np.int32)
     prompts = PromptBatch(tokens, np.ones(tokens.shape, bool), numbers)
     decoding = Decoding(case["new"], tuple(case["stop_ids"]), top_p=case["top_p"])
@@ -57,7 +57,7 @@ def loop(case):
 
 
 def _loop_config(case):
-    never, rows = 10**6, {"prompts_per_step": case["step_batch"], "dtype": "float32"}
+    never, rows = 10**6, {"prompts_per_step": case["step_batch"], "dtype": case["dtype"]}
     data = {"source": case["prompts_file"], "format": "raw", "max_prompt_length": case["prompt"]}
     settings = {
         "student": {"path": case["student"]},

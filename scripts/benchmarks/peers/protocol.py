@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import queue
+import resource
 import sys
 import threading
 import time
@@ -100,7 +101,7 @@ def serve(builders: dict[str, Callable[[dict], Job]], **versions: str) -> None:
             start, cpu_start = time.perf_counter(), time.process_time()
             result = jobs[form].run()
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-            facts = jobs[form].describe(result)
+            facts = jobs[form].describe(result) | {"peak GB": peak_memory() / 1e9}
             return {"seconds": seconds, "cpu_seconds": cpu_seconds, "facts": facts}
         return {"versions": versions}
 
@@ -112,6 +113,11 @@ def serve(builders: dict[str, Callable[[dict], Job]], **versions: str) -> None:
             reply = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
         channel.write(json.dumps(reply) + "\n")
         channel.flush()
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has held since it began."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def make_logits(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ def dense_loss(case):
 
 
 def generate(case, cache):
-    model = AutoModelForCausalLM.from_pretrained(case["student"], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(case["student"], dtype=case["dtype"]).eval()
     ids = torch.tensor(protocol.read_prompts(case, "ids"), dtype=torch.int64)
     options = {"max_new_tokens": case["new"], "do_sample": True, "top_k": 0, "temperature": 1.0}
     options |= {"top_p": case["top_p"], "eos_token_id": case["stop_ids"], "pad_token_id": 0}
@@ -59,7 +59,7 @@ def trainer(case):
             config = DistillationConfig(
                 output_dir=directory,
                 use_cpu=True,
-                bf16=False,
+                bf16=case["dtype"] == "bfloat16",
                 gradient_checkpointing=False,
                 per_device_train_batch_size=case["step_batch"],
                 max_completion_length=case["new"],
