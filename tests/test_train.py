@@ -25,10 +25,11 @@ from tiny_runs import (
     recorded_updates,
     rewound,
     samples,
+    start,
     vary,
     without_times,
 )
-from waiting import HANG
+from waiting import HANG, until
 
 import opdjax.train
 from opdjax.cli.export import export_step
@@ -171,6 +172,18 @@ def test_a_signal_stops_a_run_after_its_step_and_it_ends_like_an_undisturbed_one
     assert sorted(name for name in names if name.isdigit()) == ["2", "3"]
     train(TINY, tmp_path / "run")
     assert_same_run(tiny_run, tmp_path / "run")
+
+
+def test_a_killed_run_ends_like_an_undisturbed_one(tiny_run, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    [process] = start(TINY, run)
+    try:
+        until(lambda: process.poll() is not None or (log.exists() and read_lines(log)[2:]))
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, run.with_suffix(".0.txt").read_text()
+    train(TINY, run)
+    assert_same_run(tiny_run, run)
 
 
 TWICE = """
