@@ -13,7 +13,7 @@ from tiny_runs import TINY, vary
 from opdjax.cli.models import evaluate
 from opdjax.data.prompt_rows import first_of_each, read_prompts
 from opdjax.data.sources import ColumnMap, DataError
-from opdjax.report.papers.compare import reader
+from opdjax.report.papers.cells import reader
 from opdjax.rollouts.setup import initial_weights, prepare
 from opdjax.runs.results import read_run
 from opdjax.runs.statistics import benchmark_lines, by_benchmark

@@ -33,7 +33,8 @@ from opdjax.config import (
 )
 from opdjax.config.validation import to_dict
 from opdjax.report.drawing import log_ticks
-from opdjax.report.papers.compare import compare, paper_tables
+from opdjax.report.papers.compare import compare
+from opdjax.report.papers.tables import paper_tables
 from opdjax.report.sweep import label, sweep_facts
 from opdjax.report.table import cells as cells_of
 from opdjax.report.table import claims

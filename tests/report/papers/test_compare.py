@@ -9,7 +9,9 @@ import math
 import pytest
 import study
 
-from opdjax.report.papers.compare import PaperClaim, PaperColumn, PaperTable, Row, compare, reader
+from opdjax.report.papers.cells import reader
+from opdjax.report.papers.compare import compare
+from opdjax.report.papers.tables import PaperClaim, PaperColumn, PaperTable, Row
 from opdjax.runs.results import read_points
 from opdjax.runs.workdir import WorkdirError
 

@@ -9,7 +9,7 @@ import study
 
 from opdjax.cli import main
 from opdjax.config.validation import ConfigError
-from opdjax.report.papers.compare import paper_tables
+from opdjax.report.papers.tables import paper_tables
 from opdjax.report.table import list_of_papers, markdown, paper_table, table
 from opdjax.runs.workdir import WorkdirError
 
