@@ -323,7 +323,7 @@ def _corrected(verdict: Verdict) -> str:
     if verdict.adjusted is None or verdict.status not in DECIDED:
         return ""
     status = verdict.status if verdict.adjusted <= 0.05 else "inconclusive"
-    return f"{status}, p = {verdict.adjusted:.2g}"
+    return f"{status}, p {'< 0.001' if verdict.adjusted < 1e-3 else f'= {verdict.adjusted:.2g}'}"
 
 
 def _claimed(verdict: Verdict) -> str:

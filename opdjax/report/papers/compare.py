@@ -9,6 +9,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opdjax.config.grid import SCORED_ON
 from opdjax.report.papers.cells import Cells, cell_of, find, flags
 from opdjax.report.papers.tables import MARKS, PaperColumn, PaperTable, paper_tables
 from opdjax.report.papers.tuning import tuning_of
@@ -40,7 +41,9 @@ def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
     WorkdirError if a cell would mix configs, if a run's directory holds another config than its
     point, or if rows of one column were evaluated on different prompts or in different ways.
     """
-    reading, available = functools.cache(read_run), seed_groups(points)
+    reading = functools.cache(read_run)
+    grids = [point for point in points if SCORED_ON in point.overrides]
+    available = [*seed_groups([each for each in points if each not in grids]), *seed_groups(grids)]
     places = [(row, column) for row in table.rows for column in table.columns]
     found = {(row.label, of.label): find(row, of, available, reading) for row, of in places}
     tuning = lambda own: tuning_of(own[0], available, reading) if own else None
