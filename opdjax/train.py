@@ -34,7 +34,6 @@ from opdjax.engine.update import (
     teacher_weights,
 )
 from opdjax.models.decoder import Params
-from opdjax.models.lora import combine
 from opdjax.ops.multihost import (
     InterruptedRunError,
     OtherFailedError,
@@ -60,6 +59,7 @@ from opdjax.rollouts.setup import (
     sampling_weights,
     take_over,
     update_spec,
+    whole_student,
     with_current_teacher,
 )
 from opdjax.rollouts.source import SourceStoppedError, open_source
@@ -299,7 +299,7 @@ def _run(
     progress.close()
     _evaluate(setup, workdir, int(state.step), copy_weights, None)  # if no step was taken
     checkpointer.wait()
-    _finish(setup, mirror, combine(frozen, state.params), state, spec.dtype)
+    _finish(setup, mirror, whole_student(setup, state.params, frozen), state, spec.dtype)
 
 
 def _open_checkpoints(

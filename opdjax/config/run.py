@@ -62,6 +62,12 @@ class Config(Section):
         self.require(packed is None or packed > longest, "train.pack_length", expected)
         expected = "the checkpoint that the student starts from"
         self.require(self.student.path != STUDENT, "student.path", expected)
+        expected = "dtype, or int8 where lora.rank is set: what is trained is not held in 8 bits"
+        is_held = self.student.weights in (("dtype", "int8") if self.lora.rank else ("dtype",))
+        self.require(is_held, "student.weights", expected)
+        expected = f"dtype where teacher.path is {STUDENT}: its weights are the student's"
+        is_held = not self.teacher_is_student or self.teacher.weights == "dtype"
+        self.require(is_held, "teacher.weights", expected)
         is_own = self.teacher_is_student or not self.optimizer.teacher_ema_decay
         expected = f"0 unless teacher.path is {STUDENT}: another teacher's weights stay as they are"
         self.require(is_own, "optimizer.teacher_ema_decay", expected)

@@ -151,7 +151,7 @@ class Measurements:
         """Two updates: with the student's own weights as the teacher, and with the teacher."""
         weights, student = run_setup.load_student(self.setup), self._student
         # With the teacher's mask and temperature.
-        head = dataclasses.replace(self.setup.teacher.head, kernel=student.head.kernel)
+        head = dataclasses.replace(self.setup.teacher.head, kernel=student.head.kernel, scale=None)
         itself = dataclasses.replace(student, head=head)
         # The student's view on both sides: another template would put it into another context.
         batches = ((itself, self._own_batch), (self.setup.teacher, self.batch))

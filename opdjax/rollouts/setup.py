@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opdjax.config import STUDENT, Config, DataConfig, TrainConfig
+from opdjax.config import STUDENT, Config, DataConfig, TrainConfig, Weights
 from opdjax.config.validation import ConfigError, MissingExtraError, require
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, valid_vocab
 from opdjax.data.grading import require_grader, require_readable
@@ -126,18 +126,19 @@ def prepare(config: Config, today: str | None = None) -> Setup:
     # Weights are loaded last, so that errors in the data appear before gigabytes are read.
     dtype, teacher, reference = compute_dtype(config.train.dtype), None, None
 
-    def load(model: Teacher) -> Teacher:
-        return with_teacher_weights(model, load_params(model.checkpoint, dtype, mesh), config)
+    def load(model: Teacher, weights: Weights) -> Teacher:
+        params = load_params(model.checkpoint, dtype, mesh, weights=weights)
+        return with_teacher_weights(model, params, config)
 
     if checkpoint is not None:
         # Stop ids that were added for the student's tokenizer have no meaning in another one.
         more = sampling.stop_token_ids if shares_vocabulary else ()
         how = decoding_of(checkpoint, teacher_tokenizer, more, **own)
         teacher = Teacher(checkpoint, None, None, teacher_tokenizer, how, shares_vocabulary)
-        teacher = teacher if config.teacher_is_student else load(teacher)
+        teacher = teacher if config.teacher_is_student else load(teacher, config.teacher.weights)
     if config.estimator.reference_kl_coef:
         start = Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True)
-        reference = load(start)
+        reference = load(start, config.student.weights)
     divergence = None
     if config.evaluation.measures:
         models = student.config, teacher.checkpoint.config, teacher.params
@@ -221,11 +222,28 @@ def load_student(setup: Setup) -> tuple[Params, Params | None]:
             lambda: constrain(init_adapters(student.config, config.lora, config.seed), mesh)
         )()
     if is_continued:
-        return adapters, load_params(student, setup.dtype, mesh, with_adapter=False)
+        return adapters, load_base(setup, config.student.weights)
     # Adapters start at 0, so the student without them is the reference policy: one copy is enough.
     if setup.reference_policy is not None:
         return adapters, setup.reference_policy.params
-    return adapters, load_params(student, setup.dtype, mesh)
+    return adapters, load_base(setup, config.student.weights)
+
+
+def load_base(setup: Setup, weights: Weights) -> Params:
+    """The student's own parameters below the run's adapters."""
+    with_adapter = not continues(setup.student, setup.config.lora)
+    return load_params(
+        setup.student, setup.dtype, setup.mesh, with_adapter=with_adapter, weights=weights
+    )
+
+
+def whole_student(setup: Setup, trained: Params, frozen: Params | None) -> Params:
+    """The student that is exported: adapters over the base as it was stored, also where the run
+    holds the base in 8 bits.
+    """
+    if setup.config.student.weights != "dtype":
+        frozen = load_base(setup, "dtype")
+    return combine(frozen, trained)
 
 
 def take_over(setup: Setup, workdir: pathlib.Path, own: TrainState) -> TrainState:
