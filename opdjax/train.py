@@ -53,17 +53,14 @@ from opdjax.rollouts.setup import (
     Setup,
     as_recorded,
     facts,
-    initial_weights,
-    load_student,
     prepare,
-    sampling_weights,
     take_over,
     update_spec,
-    whole_student,
     with_current_teacher,
 )
 from opdjax.rollouts.source import SourceStoppedError, open_source
 from opdjax.rollouts.start import LOGS
+from opdjax.rollouts.weights import initial_weights, load_student, sampling_weights, whole_student
 from opdjax.rollouts.write_references import teach as write_references
 from opdjax.runs.checkpoint import Checkpointer, UnreadableCheckpointError, set_aside
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer, require_trackers

@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 import re
-from typing import Literal
 
 # The built-in pair. Such a name is neither a directory nor a hub id, and means the same on every
 # machine that reads a config.
@@ -12,9 +11,6 @@ MINI_TEACHER, MINI_STUDENT = "@mini_teacher", "@mini_student"
 STUDENT = "@student"
 PACKAGE = pathlib.Path(__file__).parents[1]
 MINI_PAIR = PACKAGE / "assets" / "mini_pair"  # contains `teacher` and `student`
-
-
-Weights = Literal["dtype", "int8", "int8_head"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +26,6 @@ class ModelConfig:
     # optimizer.teacher_ema_decay gives it a moving average of these weights.
     # To use the untrained student as a frozen teacher, give the student's path.
     path: str = ""
-    # How weights that are not trained are held: in the dtype of the forward pass (train.dtype), or
-    # with the kernels of the layers in 8 bits and a scale for each output channel, about half the
-    # memory; int8_head: the embedding and the unembedding too. Of the student, only below adapters
-    # (lora.rank), and only the kernels.
-    weights: Weights = "dtype"
 
     @property
     def place(self) -> tuple[str, str | None]:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from opdjax.config import Weights
+from opdjax.config import FrozenWeights
 from opdjax.models.decoder import DecoderConfig, Params, abstract_params
 from opdjax.models.families import Family, family_of
 from opdjax.models.partitioning import WEIGHT_AXES, shardings_of
@@ -184,7 +184,7 @@ def load_params(
     split_over: tuple[str, ...] = WEIGHT_AXES,
     *,
     with_adapter: bool = True,
-    weights: Weights = "dtype",
+    weights: FrozenWeights = "dtype",
 ) -> Params:
     """The stacked parameters that the decoder takes, cast to `dtype` or, as `weights` says, held in
     8 bits; on a `mesh`, sharded by `models/partitioning.py`. The checkpoint's adapter is merged in

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from opdjax.config import Weights
+from opdjax.config import FrozenWeights
 
 _KERNELS = tuple(f"{name}_kernel" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 _LARGEST = 127
@@ -38,13 +38,13 @@ def quantize(weight: Float[Array, "*L O I"]) -> Quantized:
     return Quantized(jnp.round(wide / scale[..., None]).astype(jnp.int8), scale)
 
 
-def quantized_names(weights: Weights) -> tuple[str, ...]:
+def quantized_names(weights: FrozenWeights) -> tuple[str, ...]:
     """The parameters that are held in 8 bits."""
     return {"dtype": (), "int8": _KERNELS, "int8_head": (*_KERNELS, "embedding", "head")}[weights]
 
 
 def in_8_bits(
-    tree: dict[str, Any], weights: Weights, quantize: Callable[[Any], Quantized] = quantize
+    tree: dict[str, Any], weights: FrozenWeights, quantize: Callable[[Any], Quantized] = quantize
 ) -> dict[str, Any]:
     """The tree with two leaves for each parameter that `weights` holds in 8 bits."""
     names = quantized_names(weights)

@@ -194,7 +194,7 @@ def _checkpoint_answerer(
     sampled = partial(
         sample,
         load_params(
-            checkpoint, compute_dtype(config.train.dtype), mesh, weights=config.teacher.weights
+            checkpoint, compute_dtype(config.train.dtype), mesh, weights=config.train.frozen_weights
         ),
         seed=config.seed,
         policy_version=0,

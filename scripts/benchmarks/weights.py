@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from benchmarks.core import Row, alternate, progress, report
-from opdjax.config import DataConfig, Weights
+from opdjax.config import DataConfig, FrozenWeights
 from opdjax.data.packing import to_train_batch
 from opdjax.data.prompts import collate, encode_prompts, load_rows
 from opdjax.data.tokenizer import load_tokenizer
@@ -44,7 +44,8 @@ def weights(options: argparse.Namespace) -> None:
     rows = load_rows(data, tokenizer, checkpoint.stop_token_ids, ())
     prompts = encode_prompts(rows, data, tokenizer, tokenizer)
     models = {
-        kind: load_params(checkpoint, options.dtype, weights=kind) for kind in get_args(Weights)
+        kind: load_params(checkpoint, options.dtype, weights=kind)
+        for kind in get_args(FrozenWeights)
     }
     prompt_batch = collate(prompts, np.arange(len(prompts)))
     decoding = Decoding(options.length, checkpoint.stop_token_ids)

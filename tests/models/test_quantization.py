@@ -10,7 +10,7 @@ import pytest
 from tiny_models import MODEL, in_tiles, make_batch, make_models, scored
 from tiny_runs import SHORT, TINY, assert_equal_trees, final_weights, vary
 
-from opdjax.config import EstimatorConfig, LoraConfig, ModelConfig
+from opdjax.config import EstimatorConfig, LoraConfig
 from opdjax.config.validation import ConfigError
 from opdjax.engine.scorer import score
 from opdjax.engine.update import UpdateSpec, loss_and_grad
@@ -106,9 +106,9 @@ def test_a_student_with_adapters_is_exported_over_its_base_as_stored(tmp_path):
     own weights.
     """
     with_lora = dataclasses.replace(TINY, lora=LoraConfig(rank=2, targets=("v",)))
-    models = {"student": {"weights": "int8"}, "teacher": {"weights": "int8_head"}}
     # The first of two steps has a learning rate of 0.
-    config = vary(with_lora, **SHORT | models | {"train": {"num_steps": 2}})
+    two_steps = {"train": {"num_steps": 2, "frozen_weights": "int8_head"}}
+    config = vary(with_lora, **SHORT | two_steps)
     train(config, tmp_path / "run")
     found = final_weights(tmp_path / "run")
     stored = load_params(open_checkpoint(TINY.student.path), "float32")
@@ -118,20 +118,9 @@ def test_a_student_with_adapters_is_exported_over_its_base_as_stored(tmp_path):
     assert_equal_trees(found, stored)
 
 
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"student": ModelConfig("@mini_student", "int8")}, "student.weights .* lora.rank is set"),
-        (
-            {"student": ModelConfig("@mini_student", "int8_head"), "lora": LoraConfig(rank=2)},
-            "student.weights",
-        ),
-        ({"teacher": ModelConfig("@student", "int8")}, "teacher.weights .* are the student's"),
-    ],
-)
-def test_what_is_trained_is_not_held_in_8_bits(sections, message):
-    with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(TINY, **sections)
+def test_what_is_trained_is_not_held_in_8_bits():
+    with pytest.raises(ConfigError, match="train.frozen_weights .* all weights are trained"):
+        vary(teacher={"path": "@student"}, train={"frozen_weights": "int8"})
 
 
 def test_the_adapters_base_is_one_tree(rng):

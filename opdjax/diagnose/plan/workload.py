@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from opdjax.config import Config, ModelConfig, Weights
+from opdjax.config import Config, FrozenWeights, ModelConfig
 from opdjax.config.topology import Topology
 from opdjax.data.prompts import padded_width
 from opdjax.estimators import estimator_of
@@ -85,7 +85,7 @@ class Workload:
         model: DecoderConfig,
         dtype: str,
         split_over: tuple[str, ...],
-        weights: Weights = "dtype",
+        weights: FrozenWeights = "dtype",
     ) -> Any:
         """A model's parameters."""
         params = abstract_params(model, dtype)
@@ -109,13 +109,13 @@ class Workload:
         """The student's parameters below adapters; None if all are trained."""
         if not self.config.lora.rank:
             return None
-        return self.params(self.student, self.dtype, WEIGHT_AXES, self.config.student.weights)
+        return self.params(self.student, self.dtype, WEIGHT_AXES, self.config.base_weights)
 
     @property
     def published(self) -> Any:
         """The weights that sample rollouts."""
         kind = (self.dtype, SAMPLER_AXES)
-        params = self.params(self.student, *kind, self.config.student.weights)
+        params = self.params(self.student, *kind, self.config.base_weights)
         adapters = self.adapters(*kind)
         return combine(params, adapters) if adapters else params
 
@@ -124,7 +124,7 @@ class Workload:
         """The parameters of the teacher, or of the reference policy."""
         if self.teacher is None and not self.has_reference:
             return self.published
-        weights = (self.config.teacher if self.teacher else self.config.student).weights
+        weights = self.config.train.frozen_weights
         return self.params(self.scoring_model, self.dtype, self.scoring_split, weights)
 
     def batch(self) -> TrainBatch:

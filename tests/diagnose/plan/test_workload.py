@@ -26,8 +26,8 @@ from opdjax.models.hf import CheckpointError, load_params, open_checkpoint
 
 def test_a_teacher_in_8_bits_holds_a_byte_a_weight_and_a_scale_a_channel(run_of):
     plain = run_of("v5e-4")
-    teacher = dataclasses.replace(plain.config.teacher, weights="int8_head")
-    config = dataclasses.replace(plain.config, teacher=teacher)
+    train = dataclasses.replace(plain.config.train, frozen_weights="int8_head")
+    config = dataclasses.replace(plain.config, train=train)
     # Untied, of width 16: kernels q and o 16 x 16, k and v 8 x 16, three of the MLP 32 x 16, in two
     # layers; two tables of 32 x 16.
     weights = 2 * (2 * 256 + 2 * 128 + 3 * 512) + 2 * 512
