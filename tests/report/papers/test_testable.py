@@ -24,7 +24,8 @@ def verdict(directory, kind="more", column=SCORE, margin=0.0, rows=(A, B), base=
 
 
 def test_evaluations_bound_a_ratio_of_costs(tmp_path):
-    curve = dict.fromkeys(("ropd", "lopd"), ((0, 0.3), (10, 0.4), (20, 0.5), (40, 0.6)))
+    at_20 = {"ropd": 0.6, "lopd": 0.5}
+    curve = {name: ((0, 0.3), (10, 0.4), (20, x), (40, 0.6)) for name, x in at_20.items()}
     study.make(tmp_path, dict.fromkeys(curve, (0.6,) * 6), curve=curve)
     rows = Row("slow", "lopd"), Row("fast", "ropd")
     column = PaperColumn("prompts", pair="mini", until="slow")
@@ -76,11 +77,8 @@ def test_an_option_that_never_binds(tmp_path):
     study.make(tmp_path / "k", scores, metrics=dict.fromkeys(scores, mass))
     reason = "k never binds: 16 ids hold 99.95% of the probability"
     assert verdict(tmp_path / "k", rows=rows).reason == reason
-    study.make(
-        tmp_path / "less",
-        scores,
-        metrics=dict.fromkeys(scores, {**mass} | dict.fromkeys(mass, 0.9)),
-    )
+    less = dict.fromkeys(scores, dict.fromkeys(mass, 0.9))
+    study.make(tmp_path / "less", scores, metrics=less)
     assert verdict(tmp_path / "less", rows=rows).status == "reproduced"
     # k = 5 is fewer ids than those whose mass is recorded.
     scores = {"vopd": SCORES["opd"], "opd_topk": SCORES["vopd"]}
