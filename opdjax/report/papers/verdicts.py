@@ -127,9 +127,7 @@ def _verdict(claim: PaperClaim, column: PaperColumn, study: Study) -> Verdict:
     asked = (math.log(margin), None) if claim.kind == "ratio" else (low, high)
     is_within = statistics.lies_within(reach, asked)
     status = "inconclusive" if is_within is None else "reproduced" if is_within else "contradicted"
-    p_value = max(found.p_value(bound) for bound in asked if bound is not None)
-    if is_within is False:
-        p_value = min(found.p_value(bound) for bound in asked if bound is not None)
+    p_value = max(found.p_value(bound) for bound in asked if bound is not None)  # of the nearest
     shown = (found.value, found.half, *found.interval)
     detectable = found.detectable
     if claim.kind == "ratio":

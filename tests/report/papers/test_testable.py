@@ -185,6 +185,14 @@ def test_holm_is_within_a_table_and_a_claim_of_two_tables_counts_once(tmp_path):
     assert counted([found, compare(table, read_points(tmp_path))]) == "1 claims: 1 reproduced"
 
 
+def test_the_p_value_is_that_of_the_nearest_end_of_the_claimed_range(tmp_path):
+    study.make(tmp_path, SCORES)
+    # t = (0.03 - 0.01) / (0.01 / sqrt 3) = 3.464 from above; from below 6.93.
+    found = verdict(tmp_path, "equal")
+    assert found.p_value == pytest.approx(0.07418, abs=1e-5)
+    assert found.status == "inconclusive"
+
+
 def test_wild_ratios_are_a_median_without_an_interval_of_four_seeds(tmp_path):
     right = {"opd": (0.427, 0.009, 0.009, 0.089), "vopd": (0.1, 0.1, 0.1, 0.1)}
     study.make(tmp_path, right)
