@@ -1,6 +1,7 @@
 """Which claims a sweep cannot judge, and why: a study for each computed reason, numbers by hand."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -167,6 +168,22 @@ def test_an_interval_carries_seeds_and_prompts(tmp_path):
     assert found.difference[0] == pytest.approx((0 + 0.25 + 0.5 + 0.25) / 4)
     # t with an error of half / t95: power 80 % needs (t95 + t80) errors.
     assert found.difference[1] < found.detectable < 2 * found.difference[1]
+
+
+def test_greedy_answers_stand_beside_sampled_ones(tmp_path):
+    study.make(tmp_path, SCORES)
+    for arm, right in (("opd", [1, 1, 1, 0]), ("vopd", [1, 0, 1, 0])):
+        for seed in range(3):
+            file = tmp_path / f"pair=mini,arm={arm},seed={seed}" / "result.json"
+            found = json.loads(file.read_text())
+            greedy = {"greedy": sum(right) / 4, "per_prompt_greedy": right}
+            found["eval_after"] |= greedy
+            file.write_text(json.dumps(found))
+    # 1 of 4 prompts differs, in every seed: a deviation of 1/2 over prompts, t of 3.
+    found = verdict(tmp_path)
+    assert found.greedy == (0.25, pytest.approx(3.182446 * 0.5 / 2))
+    table = PaperTable("t", "p", "title", "settings", (SCORE,), (A, B), ())
+    assert compare(table, read_points(tmp_path)).cells["a"]["mini"].greedy == (0.75, 0.0)
 
 
 def test_holm_is_within_a_table_and_a_claim_of_two_tables_counts_once(tmp_path):
