@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from opdjax.config.saved import upgrade
 from opdjax.runs.results import Run, is_number
-from opdjax.runs.workdir import read_lines
+from opdjax.runs.workdir import NUMBER, read_lines
 
 Runs = Mapping[int, Run]  # by seed
 _OVERLAP_TOP_K = 16  # of the metrics overlap/*_mass
@@ -65,9 +65,9 @@ def loaded_machine(runs: Iterable[Run], directories: Iterable[pathlib.Path]) -> 
 def attempts(directory: pathlib.Path) -> list[tuple[str, float, float]]:
     """(host, start, end) of each recorded attempt of a point, seconds since the epoch."""
     found = []
-    for row in read_lines(directory / "attempts.jsonl"):
+    for row in read_lines(directory / "attempts.jsonl", event=str, time=NUMBER):
         if row["event"] == "start":
-            found.append((row["host"], row["time"], float("inf")))
+            found.append((row.get("host", ""), row["time"], float("inf")))
         elif found:
             found[-1] = (*found[-1][:2], row["time"])
     return found
