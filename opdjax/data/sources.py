@@ -55,8 +55,8 @@ Rows = Iterator[tuple[str, dict[str, Any]]]  # (place for error messages, row)
 Reader = Callable[..., Rows]
 _EXPECTED = (
     "arithmetic:SPLIT, stories:SPLIT, instructions:SPLIT, tasks:NAME#SPLIT, a .jsonl, .json, .csv "
-    "or .parquet file, parquet:PATH, hf:NAME[@CONFIG]#SPLIT, tfds:NAME[/CONFIG][:VERSION]#SPLIT, preset:NAME, "
-    "suite:NAME or mix:WEIGHT*SOURCE+WEIGHT*SOURCE"
+    "or .parquet file, parquet:PATH, hf:NAME[@CONFIG]#SPLIT, tfds:NAME[/CONFIG][:VERSION]#SPLIT, "
+    "preset:NAME, suite:NAME or mix:WEIGHT*SOURCE+WEIGHT*SOURCE"
 )
 SKIP_ADVICE = "repair the row, or leave out such rows with --data.skip-bad-rows"
 _CHUNK = 1024  # rows converted to Python values at a time

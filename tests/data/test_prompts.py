@@ -214,7 +214,7 @@ def test_an_empty_file_is_refused(write, lines):
         ("/nowhere/rows.jsonl", "data source /nowhere/rows.jsonl does not exist"),
         (
             "gsm8k",
-            r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, stories:SPLIT, instructions:SPLIT, "
+            r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, stories:SPLIT, ",
             r"tasks:NAME#SPLIT, a \.jsonl, \.json, \.csv or \.parquet file, parquet:PATH, hf:",
         ),
         (
