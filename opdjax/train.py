@@ -34,7 +34,6 @@ from opdjax.engine.update import (
     teacher_weights,
 )
 from opdjax.models.decoder import Params
-from opdjax.models.lora import combine
 from opdjax.ops.multihost import (
     InterruptedRunError,
     OtherFailedError,
@@ -54,16 +53,14 @@ from opdjax.rollouts.setup import (
     Setup,
     as_recorded,
     facts,
-    initial_weights,
-    load_student,
     prepare,
-    sampling_weights,
     take_over,
     update_spec,
     with_current_teacher,
 )
 from opdjax.rollouts.source import SourceStoppedError, open_source
 from opdjax.rollouts.start import LOGS
+from opdjax.rollouts.weights import initial_weights, load_student, sampling_weights, whole_student
 from opdjax.rollouts.write_references import teach as write_references
 from opdjax.runs.checkpoint import Checkpointer, UnreadableCheckpointError, set_aside
 from opdjax.runs.metrics import MetricWriter, Progress, Startup, Timer, require_trackers
@@ -299,7 +296,7 @@ def _run(
     progress.close()
     _evaluate(setup, workdir, int(state.step), copy_weights, None)  # if no step was taken
     checkpointer.wait()
-    _finish(setup, mirror, combine(frozen, state.params), state, spec.dtype)
+    _finish(setup, mirror, whole_student(setup, state.params, frozen), state, spec.dtype)
 
 
 def _open_checkpoints(

@@ -24,6 +24,7 @@ SUBCOMMANDS = {  # name: (module of `benchmarks`, one line)
     "step": ("steps", "seconds of a step by phase, for each setting of an experiment or a sweep"),
     "save": ("saving", "the digests of a checkpoint against its save"),
     "load": ("loading", "loading a checkpoint against a plain read of its files"),
+    "weights": ("weights", "weights in 8 bits: memory, error, seconds"),
     "judge": ("judging", "requests a second of the judge's client"),
     "peers": ("peers.compare", "losses, generation and steps of TRL, Tunix and EasyDeL"),
 }

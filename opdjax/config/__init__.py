@@ -12,6 +12,7 @@ from opdjax.config.run import Config
 from opdjax.config.sampling import EvaluationConfig, SamplingConfig
 from opdjax.config.train import (
     CheckpointConfig,
+    FrozenWeights,
     LogConfig,
     LoraConfig,
     LoraTarget,

@@ -19,6 +19,7 @@ from opdjax.config.rubrics import RubricsConfig
 from opdjax.config.sampling import EvaluationConfig, SamplingConfig
 from opdjax.config.train import (
     CheckpointConfig,
+    FrozenWeights,
     LogConfig,
     LoraConfig,
     MeshConfig,
@@ -62,6 +63,11 @@ class Config(Section):
         self.require(packed is None or packed > longest, "train.pack_length", expected)
         expected = "the checkpoint that the student starts from"
         self.require(self.student.path != STUDENT, "student.path", expected)
+        expected = f"dtype where teacher.path is {STUDENT} and lora.rank 0: all weights are trained"
+        is_frozen = not self.teacher_is_student or self.lora.rank
+        self.require(
+            is_frozen or self.train.frozen_weights == "dtype", "train.frozen_weights", expected
+        )
         is_own = self.teacher_is_student or not self.optimizer.teacher_ema_decay
         expected = f"0 unless teacher.path is {STUDENT}: another teacher's weights stay as they are"
         self.require(is_own, "optimizer.teacher_ema_decay", expected)
@@ -88,6 +94,13 @@ class Config(Section):
     def teacher_is_student(self) -> bool:
         """Whether the student in training is its own teacher."""
         return self.teacher.path == STUDENT
+
+    @property
+    def base_weights(self) -> FrozenWeights:
+        """How the weights below adapters are held: the student's tables, which the loss reads, are
+        never in 8 bits.
+        """
+        return "int8" if self.lora.rank and self.train.frozen_weights != "dtype" else "dtype"
 
     @property
     def teacher_model(self) -> ModelConfig:

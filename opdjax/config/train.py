@@ -5,6 +5,7 @@ from typing import Annotated, Literal, get_args
 from opdjax.config.validation import Section
 
 LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]  # the kernels of a layer
+FrozenWeights = Literal["dtype", "int8", "int8_head"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 # Those of optax that treat a parameter of all layers, stacked, as they treat each layer's: none
 # that needs a parameter's norm (lamb, lars, novograd) or weights of its own for evaluation.
@@ -52,6 +53,10 @@ class TrainConfig(Section):
     # student's counts as the first; 0: never. The run exports its last student; the best checkpoint
     # is kept for opdjax export --step best.
     early_stopping_patience: Annotated[int, "0 (off) or more"] = 0
+    # How weights that are not trained are held, the teacher's and those below adapters. dtype: in
+    # the dtype of the forward pass. int8: the kernels of the layers in 8 bits, with a scale for
+    # each output channel; int8_head: the teacher's embedding and unembedding too.
+    frozen_weights: FrozenWeights = "dtype"
 
     def __post_init__(self):
         super().__post_init__()

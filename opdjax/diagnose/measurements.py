@@ -35,6 +35,7 @@ from opdjax.rollouts.checks import with_student_as_teacher
 from opdjax.rollouts.on_policy import draw
 from opdjax.rollouts.rows import with_option_columns
 from opdjax.rollouts.setup import Setup, Teacher, reads_scores
+from opdjax.rollouts.weights import initial_weights, load_student
 from opdjax.types import PromptBatch, Rollouts, TeacherScores, TrainBatch
 
 _PADDING = 16  # columns added when scores are repeated
@@ -149,9 +150,9 @@ class Measurements:
     @cached_property
     def first_updates(self) -> tuple[FirstUpdate, FirstUpdate]:
         """Two updates: with the student's own weights as the teacher, and with the teacher."""
-        weights, student = run_setup.load_student(self.setup), self._student
+        weights, student = load_student(self.setup), self._student
         # With the teacher's mask and temperature.
-        head = dataclasses.replace(self.setup.teacher.head, kernel=student.head.kernel)
+        head = dataclasses.replace(self.setup.teacher.head, kernel=student.head.kernel, scale=None)
         itself = dataclasses.replace(student, head=head)
         # The student's view on both sides: another template would put it into another context.
         batches = ((itself, self._own_batch), (self.setup.teacher, self.batch))
@@ -236,7 +237,7 @@ class Measurements:
 
         run, train = self._run, self.config.train
         prompts = self._first_prompts(run.prompts, _NUM_GROUPS)
-        rollouts = to_host(draw(run, run_setup.initial_weights(run), prompts, 0))
+        rollouts = to_host(draw(run, initial_weights(run), prompts, 0))
         with tempfile.TemporaryDirectory() as name:
             scratch = pathlib.Path(name)
             with background_judge(self.config, scratch) as background:

@@ -36,7 +36,7 @@ from opdjax.engine.scheduling import (
     ring_sizes,
 )
 from opdjax.models import kv_cache
-from opdjax.models.decoder import DecoderConfig, Params, head_of
+from opdjax.models.decoder import DecoderConfig, Params, dtype_of, head_of
 from opdjax.models.kv_cache import KVCache
 from opdjax.ops.masked import rank_in_sequence
 from opdjax.ops.sharding import by_row, num_row_shards, replicated
@@ -181,7 +181,7 @@ def prefill(
 @partial(jax.jit, static_argnames=("slots", "rows", "columns", "config", "decoding", "mesh"))
 def start(params, *, slots, rows, columns, config, decoding, mesh) -> SlotState:
     """Empty slots."""
-    dtype, length = params["embedding"].dtype, decoding.max_completion_length
+    dtype, length = dtype_of(params), decoding.max_completion_length
     wide = jnp.promote_types(dtype, jnp.float32)
 
     def no_tokens(count: int) -> SampledTokens:
@@ -426,7 +426,7 @@ def _collect(
 
 def _kv_dtype(params: Params, decoding: Decoding):
     is_auto = decoding.kv_dtype == "auto"
-    return params["embedding"].dtype if is_auto else jnp.dtype(decoding.kv_dtype)
+    return dtype_of(params) if is_auto else jnp.dtype(decoding.kv_dtype)
 
 
 split_layers = partial(jax.jit, static_argnums=1)(kv_cache.split_layers)

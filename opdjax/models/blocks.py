@@ -35,12 +35,21 @@ def linear(
     x: Float[Array, "B T I"], weights: dict[str, Any], name: str, config: DecoderConfig
 ) -> Float[Array, "B T O"]:
     """The product with a kernel, with its adapter and its bias, where there are any."""
-    y = jnp.einsum("bti,oi->bto", x, weights[f"{name}_kernel"])
+    y = _product(x, weights, f"{name}_kernel")
     if f"{name}_lora_a" in weights:
         low = jnp.einsum("bti,ri->btr", x, weights[f"{name}_lora_a"])
         y += config.lora_scale * jnp.einsum("btr,or->bto", low, weights[f"{name}_lora_b"])
     bias = weights.get(f"{name}_bias")
     return y if bias is None else y + bias
+
+
+def _product(x, weights, name):
+    if (scale := weights.get(f"{name}_scale")) is None:
+        return jnp.einsum("bti,oi->bto", x, weights[name])
+    wide = jnp.promote_types(x.dtype, scale.dtype)
+    values = weights[name].astype(x.dtype)
+    y = jnp.einsum("bti,oi->bto", x, values, preferred_element_type=wide)
+    return (y * scale).astype(x.dtype)
 
 
 def mlp(

@@ -148,8 +148,9 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32)
 
 def head_of(params: Params, *, valid_vocab: int | None = None, temperature: float = 1.0) -> Head:
     """The unembedding of these parameters; tied parameters use the embedding."""
-    kernel = params.get("head", params["embedding"])
-    return Head(kernel, valid_vocab=valid_vocab, temperature=temperature)
+    name = "head" if "head" in params else "embedding"
+    scale = params.get(f"{name}_scale")
+    return Head(params[name], scale=scale, valid_vocab=valid_vocab, temperature=temperature)
 
 
 def positions_of(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -188,8 +189,8 @@ def forward(
         attended = attend(q, k, v, number)
         return keep_rows(finish_layer(x, attended, weights, config, mesh), mesh), None
 
-    embedding = gathered({"embedding": params["embedding"]}, mesh)["embedding"]
-    x = keep_rows(embed(embedding, tokens, config), mesh)
+    rows = {name: leaf for name, leaf in params.items() if name.startswith("embedding")}
+    x = keep_rows(embed(params | gathered(rows, mesh), tokens, config), mesh)
     if remat != "none" or (mesh is not None and mesh.shape["fsdp"] > 1):
         # prevent_cse is not needed: the scan already keeps recomputation out of the forward pass.
         layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
@@ -197,9 +198,18 @@ def forward(
     return rms_norm(x, params, "final_norm", config)
 
 
-def embed(embedding: Float[Array, "V D"], tokens, config: DecoderConfig) -> Float[Array, "B T D"]:
+def dtype_of(params: Params) -> jnp.dtype:
+    """The dtype of the activations: that of the norms, which are never held in 8 bits."""
+    return params["final_norm"].dtype
+
+
+def embed(params: Params, tokens, config: DecoderConfig) -> Float[Array, "B T D"]:
     """The inputs of the first layer."""
-    x = embedding[tokens]
+    x = params["embedding"][tokens]
+    if "embedding_scale" in params:
+        dtype, scale = dtype_of(params), params["embedding_scale"][tokens][..., None]
+        wide = jnp.promote_types(dtype, scale.dtype)
+        x = (x.astype(wide) * scale).astype(dtype)
     return x if config.embedding_scale == 1 else x * jnp.asarray(config.embedding_scale, x.dtype)
 
 

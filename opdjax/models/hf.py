@@ -19,10 +19,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
+from opdjax.config import FrozenWeights
 from opdjax.models.decoder import DecoderConfig, Params, abstract_params
 from opdjax.models.families import Family, family_of
 from opdjax.models.partitioning import WEIGHT_AXES, shardings_of
 from opdjax.models.places import find
+from opdjax.models.quantization import quantize, quantized_names, with_scales
 from opdjax.models.stored_tensors import (
     STORED_DTYPES,
     CheckpointError,
@@ -182,9 +184,11 @@ def load_params(
     split_over: tuple[str, ...] = WEIGHT_AXES,
     *,
     with_adapter: bool = True,
+    weights: FrozenWeights = "dtype",
 ) -> Params:
-    """The stacked parameters that the decoder takes, cast to `dtype`; on a `mesh`, sharded by
-    `models/partitioning.py`. The checkpoint's adapter is merged in float32, or left out.
+    """The stacked parameters that the decoder takes, cast to `dtype` or, as `weights` says, held in
+    8 bits; on a `mesh`, sharded by `models/partitioning.py`. The checkpoint's adapter is merged in
+    float32, or left out.
 
     Each process reads the slices of its own devices, one at a time, so that no host holds the whole
     model. Tensors are read straight into the memory of the stacked parameter, which a CPU keeps.
@@ -195,6 +199,12 @@ def load_params(
     tensors = _Tensors(checkpoint.path)
     _check_tensors(checkpoint, tensors)
     params = abstract_params(checkpoint.config, DTYPES[dtype])
+    in_8_bits = quantized_names(weights)
+    if in_8_bits and checkpoint.config.num_experts:
+        raise CheckpointError(
+            f"{checkpoint.path} has experts, whose weights are not held in 8 bits; expected "
+            "weights = dtype"
+        )
     parts = {}  # place -> its tensor, and its first row there
     depths = {}  # parameter -> its stacked axes
     for tensor, places in tensor_places(checkpoint).items():
@@ -226,10 +236,16 @@ def load_params(
             return out
 
         if sharding is None:
-            return jax.device_put(read((slice(None),) * len(leaf.shape)))
-        return _place(leaf.shape, sharding, read)
+            found = jax.device_put(read((slice(None),) * len(leaf.shape)))
+        else:
+            found = _place(leaf.shape, sharding, read)
+        # One stacked parameter at a time is held in both forms.
+        return quantize(found) if name in in_8_bits else found
 
-    return jax.tree_util.tree_map_with_path(load, params, *shardings)
+    loaded = with_scales(jax.tree_util.tree_map_with_path(load, params, *shardings))
+    if mesh is None or not in_8_bits:
+        return loaded
+    return jax.device_put(loaded, shardings_of(loaded, mesh, split_over))
 
 
 def adapter_matrices(checkpoint: Checkpoint) -> dict[Place, tuple[np.ndarray, np.ndarray]]:

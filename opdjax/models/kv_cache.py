@@ -133,7 +133,7 @@ def forward_cached(
         attended = _attend(q, *stored, is_visible(number))
         return decoder.finish_layer(x, attended, weights, config, mesh), keys, values
 
-    x, written = decoder.embed(params["embedding"], tokens, config), []
+    x, written = decoder.embed(params, tokens, config), []
     for number, (weights, *stored) in enumerate(zip(layer_params, cache.keys, cache.values)):
         if is_unstacked(config):
             x, *stored = layer((x, *stored), jax.tree.map(_transposed, weights), number)
@@ -160,7 +160,7 @@ def prefill(
     """The last hidden state of left-padded prompts, and a cache of T columns that holds them."""
     segments, columns = mask.astype(jnp.int32), jnp.arange(tokens.shape[1])
     distance = segment_distance(columns, segments, columns, segments)
-    wide = jnp.promote_types(params["embedding"].dtype, jnp.float32)
+    wide = jnp.promote_types(decoder.dtype_of(params), jnp.float32)
     cache = constrain(init_cache(config, *tokens.shape, dtype, wide), mesh)
     positions = decoder.positions_of(segments)
     hidden, cache = forward_cached(

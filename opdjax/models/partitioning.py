@@ -40,6 +40,8 @@ def _spec_of(name: str, over: tuple[str, ...] = WEIGHT_AXES) -> P:
     """The spec of a parameter by its name, for the mesh axes `over`, without the axis of layers."""
     target, is_adapter, letter = name.partition("_lora_")
     axes = _RULES.get(name, ())
+    if name.endswith("_scale"):  # [out] of a weight [out, in] in 8 bits
+        axes = _RULES[name.removesuffix("_scale")][:-1]
     if is_adapter:
         # A [rank, in] and B [out, rank] are sharded like their kernel [out, in]; ranks are not.
         axis_out, axis_in = _RULES[f"{target}_kernel"]

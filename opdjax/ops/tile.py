@@ -16,17 +16,18 @@ from opdjax.ops.inverse_cdf import invert_cdf
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["kernel", "bias"],
+    data_fields=["kernel", "bias", "scale"],
     meta_fields=["softcap", "valid_vocab", "temperature"],
 )
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """An unembedding: `logits = softcap(hidden @ kernel.T + bias) / temperature`, -inf from
+    """An unembedding: `logits = softcap(hidden @ kernel.T * scale + bias) / temperature`, -inf from
     `valid_vocab` on.
     """
 
     kernel: Float[Array, "V D"]
     bias: Float[Array, " V"] | None = None
+    scale: Float[Array, " V"] | None = None  # of a kernel in 8 bits
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
     valid_vocab: int | None = None  # rows from this id on pad the embedding and are no tokens
     temperature: float = 1.0  # of the distribution that is scored
@@ -48,15 +49,17 @@ def head_logits(
 
 def raw_logits(head: Head, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """`hidden @ kernel.T`, in at least float32."""
-    dtype = sum_dtype(hidden.dtype)
-    return jnp.einsum("...d,vd->...v", hidden, head.kernel, preferred_element_type=dtype)
+    dtype, kernel = sum_dtype(hidden.dtype), head.kernel
+    kernel = kernel if head.scale is None else kernel.astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=dtype)
 
 
 def finish_logits(
     head: Head, raw: Float[Array, "... V"], axis: str | None = None
 ) -> Float[Array, "... V"]:
-    """Logits from `raw_logits`: adds bias, softcap, temperature, and -inf on padding ids."""
-    logits = raw if head.bias is None else raw + head.bias.astype(raw.dtype)
+    """Logits from `raw_logits`: adds scale, bias, softcap, temperature, and -inf on padding ids."""
+    logits = raw if head.scale is None else raw * head.scale.astype(raw.dtype)
+    logits = logits if head.bias is None else logits + head.bias.astype(raw.dtype)
     if head.softcap is not None:
         logits = head.softcap * jnp.tanh(logits / head.softcap)
     if head.temperature != 1.0:

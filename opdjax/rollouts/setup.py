@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opdjax.config import STUDENT, Config, DataConfig, TrainConfig
+from opdjax.config import STUDENT, Config, DataConfig, FrozenWeights, TrainConfig
 from opdjax.config.validation import ConfigError, MissingExtraError, require
 from opdjax.data.chat import TokenizerMismatchError, check_same_vocabulary, valid_vocab
 from opdjax.data.grading import require_grader, require_readable
@@ -32,12 +30,12 @@ from opdjax.judge.prompts import template_versions
 from opdjax.models.attention import CUDNN_MAX_HEAD_SIZE, SPLASH_HEAD_SIZES, Implementation
 from opdjax.models.decoder import Params, head_of
 from opdjax.models.hf import Checkpoint, CheckpointError, fingerprint, load_params, open_checkpoint
-from opdjax.models.lora import combine, continues, init_adapters, stored_adapters, with_adapters
-from opdjax.models.partitioning import SAMPLER_AXES, constrain, require_divides, shardings_of
+from opdjax.models.lora import with_adapters
+from opdjax.models.partitioning import require_divides
 from opdjax.ops.multihost import on_process_zero
-from opdjax.ops.sharding import is_process_zero, make_mesh, num_row_shards
+from opdjax.ops.sharding import make_mesh, num_row_shards
 from opdjax.ops.tile import Head
-from opdjax.rollouts.start import copy_logs, first_params, state_of_start, with_start_step
+from opdjax.rollouts.start import copy_logs, state_of_start, with_start_step
 from opdjax.runs.workdir import environment
 
 
@@ -126,18 +124,21 @@ def prepare(config: Config, today: str | None = None) -> Setup:
     # Weights are loaded last, so that errors in the data appear before gigabytes are read.
     dtype, teacher, reference = compute_dtype(config.train.dtype), None, None
 
-    def load(model: Teacher) -> Teacher:
-        return with_teacher_weights(model, load_params(model.checkpoint, dtype, mesh), config)
+    def load(model: Teacher, weights: FrozenWeights) -> Teacher:
+        params = load_params(model.checkpoint, dtype, mesh, weights=weights)
+        return with_teacher_weights(model, params, config)
 
     if checkpoint is not None:
         # Stop ids that were added for the student's tokenizer have no meaning in another one.
         more = sampling.stop_token_ids if shares_vocabulary else ()
         how = decoding_of(checkpoint, teacher_tokenizer, more, **own)
         teacher = Teacher(checkpoint, None, None, teacher_tokenizer, how, shares_vocabulary)
-        teacher = teacher if config.teacher_is_student else load(teacher)
+        teacher = (
+            teacher if config.teacher_is_student else load(teacher, config.train.frozen_weights)
+        )
     if config.estimator.reference_kl_coef:
         start = Teacher(student, None, None, tokenizer, decoding, shares_vocabulary=True)
-        reference = load(start)
+        reference = load(start, config.base_weights)
     divergence = None
     if config.evaluation.measures:
         models = student.config, teacher.checkpoint.config, teacher.params
@@ -201,33 +202,6 @@ def attention_of(
     return name
 
 
-def load_student(setup: Setup) -> tuple[Params, Params | None]:
-    """(parameters to train, frozen parameters) of step 0.
-
-    Without adapters: all parameters in float32, and None. With adapters: the adapters in float32,
-    and the student's own parameters in the dtype of the forward pass.
-    """
-    config, mesh, student = setup.config, setup.mesh, setup.student
-    adapters, is_continued = first_params(config, student, mesh), continues(student, config.lora)
-    if student.adapter is not None and is_process_zero():
-        end = "trained further" if is_continued else "merged into its base: lora is set otherwise"
-        print(f"the adapter {student.adapter.path} of {student.adapter.base[0]} is {end}")
-    if not config.lora.rank:
-        return adapters or load_params(student, "float32", mesh), None
-    if adapters is None and is_continued:
-        adapters = jax.jit(lambda x: constrain(x, mesh))(stored_adapters(student, config.lora))
-    if adapters is None:
-        adapters = jax.jit(
-            lambda: constrain(init_adapters(student.config, config.lora, config.seed), mesh)
-        )()
-    if is_continued:
-        return adapters, load_params(student, setup.dtype, mesh, with_adapter=False)
-    # Adapters start at 0, so the student without them is the reference policy: one copy is enough.
-    if setup.reference_policy is not None:
-        return adapters, setup.reference_policy.params
-    return adapters, load_params(student, setup.dtype, mesh)
-
-
 def take_over(setup: Setup, workdir: pathlib.Path, own: TrainState) -> TrainState:
     """The state in which a run goes on from another one, with its own weights if it takes only the
     optimizer; else the logs are taken over too.
@@ -238,29 +212,6 @@ def take_over(setup: Setup, workdir: pathlib.Path, own: TrainState) -> TrainStat
         return taken.replace(params=own.params)
     on_process_zero(lambda: copy_logs(config, workdir))
     return taken
-
-
-def sampling_weights(setup: Setup, frozen: Params | None) -> Callable[[Params], Params]:
-    """Trained parameters -> the whole student's weights for sampling.
-
-    The trained part is copied even if its dtype stays: the update overwrites the state's arrays,
-    and may read the copy as its teacher's head. The frozen part is not copied if it is in place.
-    """
-    mesh = setup.mesh
-    own_frozen = frozen and jax.device_put(frozen, shardings_of(frozen, mesh, SAMPLER_AXES))
-
-    @jax.jit
-    def copied(params: Params) -> Params:  # cast before it is sent to other devices
-        copies = jax.tree.map(lambda x: jnp.array(x, setup.dtype, copy=True), params)
-        return constrain(copies, mesh, SAMPLER_AXES)
-
-    return lambda params: combine(own_frozen, copied(params))
-
-
-def initial_weights(setup: Setup) -> Params:
-    """The weights that sample before the first update."""
-    trained, frozen = load_student(setup)
-    return sampling_weights(setup, frozen)(trained)
 
 
 def needs_teacher(config: Config) -> bool:

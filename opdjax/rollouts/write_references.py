@@ -193,7 +193,9 @@ def _checkpoint_answerer(
     how = {"max_completion_length": settings.max_completion_length, **_distribution(settings)}
     sampled = partial(
         sample,
-        load_params(checkpoint, compute_dtype(config.train.dtype), mesh),
+        load_params(
+            checkpoint, compute_dtype(config.train.dtype), mesh, weights=config.train.frozen_weights
+        ),
         seed=config.seed,
         policy_version=0,
         config=checkpoint.config,

@@ -14,7 +14,8 @@ from opdjax.cli.models import evaluate
 from opdjax.data.prompt_rows import first_of_each, read_prompts
 from opdjax.data.sources import ColumnMap, DataError
 from opdjax.report.papers.compare import reader
-from opdjax.rollouts.setup import initial_weights, prepare
+from opdjax.rollouts.setup import prepare
+from opdjax.rollouts.weights import initial_weights
 from opdjax.runs.results import read_run
 from opdjax.runs.statistics import benchmark_lines, by_benchmark
 from opdjax.runs.workdir import read_lines

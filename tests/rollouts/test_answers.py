@@ -27,7 +27,8 @@ from opdjax.ops.sharding import to_host
 from opdjax.rollouts.checks import check_mask
 from opdjax.rollouts.on_policy import OnPolicySource, prompts_of, step_rollouts
 from opdjax.rollouts.rows import student_rows
-from opdjax.rollouts.setup import initial_weights, prepare
+from opdjax.rollouts.setup import prepare
+from opdjax.rollouts.weights import initial_weights
 from opdjax.runs.metrics import Timer
 from opdjax.train import train
 

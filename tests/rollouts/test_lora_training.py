@@ -30,7 +30,8 @@ from opdjax.config import MINI_PAIR, LoraConfig, MeshConfig, ModelConfig, Sampli
 from opdjax.models.hf import load_params, open_checkpoint
 from opdjax.models.lora import combine
 from opdjax.rollouts.export import export_student
-from opdjax.rollouts.setup import load_student, prepare
+from opdjax.rollouts.setup import prepare
+from opdjax.rollouts.weights import load_student
 from opdjax.train import train
 
 LORA = dataclasses.replace(

@@ -29,7 +29,8 @@ from opdjax.ops.sharding import to_host
 from opdjax.rollouts.checks import check_settings
 from opdjax.rollouts.on_policy import draw, prompts_of
 from opdjax.rollouts.rows import scored
-from opdjax.rollouts.setup import initial_weights, load_student, prepare
+from opdjax.rollouts.setup import prepare
+from opdjax.rollouts.weights import initial_weights, load_student
 from opdjax.runs.workdir import read_lines
 from opdjax.train import train
 from opdjax.types import TrainBatch

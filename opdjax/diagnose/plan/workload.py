@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from opdjax.config import Config, ModelConfig
+from opdjax.config import Config, FrozenWeights, ModelConfig
 from opdjax.config.topology import Topology
 from opdjax.data.prompts import padded_width
 from opdjax.estimators import estimator_of
@@ -22,6 +22,7 @@ from opdjax.models.decoder import DecoderConfig, abstract_params
 from opdjax.models.hf import open_checkpoint
 from opdjax.models.lora import combine, init_adapters, with_adapters
 from opdjax.models.partitioning import SAMPLER_AXES, WEIGHT_AXES, require_divides, shardings_of
+from opdjax.models.quantization import in_8_bits, quantize
 from opdjax.ops.sharding import abstract_like, by_row, mesh_sizes
 from opdjax.rollouts.setup import attention_of, compute_dtype, needs_teacher, require_rows_divide
 from opdjax.types import TeacherScores, TrainBatch
@@ -79,9 +80,16 @@ class Workload:
         """Bytes of a number in the forward passes."""
         return jnp.dtype(self.dtype).itemsize
 
-    def params(self, model: DecoderConfig, dtype: str, split_over: tuple[str, ...]) -> Any:
+    def params(
+        self,
+        model: DecoderConfig,
+        dtype: str,
+        split_over: tuple[str, ...],
+        weights: FrozenWeights = "dtype",
+    ) -> Any:
         """A model's parameters."""
         params = abstract_params(model, dtype)
+        params = in_8_bits(params, weights, partial(jax.eval_shape, quantize))
         return abstract_like(params, shardings_of(params, self.layout, split_over))
 
     def adapters(self, dtype: str, split_over: tuple[str, ...]) -> Any:
@@ -99,14 +107,16 @@ class Workload:
     @property
     def frozen(self) -> Any:
         """The student's parameters below adapters; None if all are trained."""
-        is_frozen = self.config.lora.rank
-        return self.params(self.student, self.dtype, WEIGHT_AXES) if is_frozen else None
+        if not self.config.lora.rank:
+            return None
+        return self.params(self.student, self.dtype, WEIGHT_AXES, self.config.base_weights)
 
     @property
     def published(self) -> Any:
         """The weights that sample rollouts."""
         kind = (self.dtype, SAMPLER_AXES)
-        params, adapters = self.params(self.student, *kind), self.adapters(*kind)
+        params = self.params(self.student, *kind, self.config.base_weights)
+        adapters = self.adapters(*kind)
         return combine(params, adapters) if adapters else params
 
     @property
@@ -114,7 +124,8 @@ class Workload:
         """The parameters of the teacher, or of the reference policy."""
         if self.teacher is None and not self.has_reference:
             return self.published
-        return self.params(self.scoring_model, self.dtype, self.scoring_split)
+        weights = self.config.train.frozen_weights
+        return self.params(self.scoring_model, self.dtype, self.scoring_split, weights)
 
     def batch(self) -> TrainBatch:
         """A step's rows before they are scored."""

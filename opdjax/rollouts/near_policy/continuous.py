@@ -24,8 +24,9 @@ from opdjax.rollouts.near_policy.shards import LostShardError, Shard, ShardError
 from opdjax.rollouts.near_policy.stages import step_batch
 from opdjax.rollouts.near_policy.store import RolloutStore
 from opdjax.rollouts.rows import keep_rollouts, packed
-from opdjax.rollouts.setup import Setup, initial_weights, with_teacher_weights
+from opdjax.rollouts.setup import Setup, with_teacher_weights
 from opdjax.rollouts.source import RolloutSource, StepData
+from opdjax.rollouts.weights import initial_weights
 from opdjax.runs.metrics import Timer
 from opdjax.types import TrainBatch
 

@@ -18,7 +18,8 @@ from opdjax.rollouts.near_policy.buffer import oldest_version, version_for
 from opdjax.rollouts.near_policy.refresh import version_of
 from opdjax.rollouts.near_policy.shards import ShardError
 from opdjax.rollouts.near_policy.store import POLL_SECONDS, RolloutStore
-from opdjax.rollouts.setup import as_recorded, facts, initial_weights, prepare
+from opdjax.rollouts.setup import as_recorded, facts, prepare
+from opdjax.rollouts.weights import initial_weights
 from opdjax.runs.mirror import WorkdirMirror, open_workdir
 from opdjax.runs.object_store import is_remote
 from opdjax.runs.workdir import WorkdirError, claim, first_day, locked, read_config

@@ -22,8 +22,9 @@ from opdjax.rollouts.near_policy.shards import Shard
 from opdjax.rollouts.near_policy.stages import as_batch, step_batch
 from opdjax.rollouts.near_policy.store import RolloutStore
 from opdjax.rollouts.rows import packed
-from opdjax.rollouts.setup import Setup, initial_weights
+from opdjax.rollouts.setup import Setup
 from opdjax.rollouts.source import RolloutSource, StepData
+from opdjax.rollouts.weights import initial_weights
 from opdjax.runs.metrics import Timer
 from opdjax.types import Metrics, TrainBatch
 

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 import huggingface_hub
+import jax
 import pytest
 
 from opdjax.config import (
@@ -21,6 +22,22 @@ from opdjax.diagnose.plan.estimate import estimate
 from opdjax.diagnose.plan.table import text
 from opdjax.diagnose.plan.workload import read_workload
 from opdjax.models.hf import CheckpointError, load_params, open_checkpoint
+
+
+def test_a_teacher_in_8_bits_holds_a_byte_a_weight_and_a_scale_a_channel(run_of):
+    plain = run_of("v5e-4")
+    train = dataclasses.replace(plain.config.train, frozen_weights="int8_head")
+    config = dataclasses.replace(plain.config, train=train)
+    # Untied, of width 16: kernels q and o 16 x 16, k and v 8 x 16, three of the MLP 32 x 16, in two
+    # layers; two tables of 32 x 16.
+    weights = 2 * (2 * 256 + 2 * 128 + 3 * 512) + 2 * 512
+    channels = 2 * (2 * 16 + 2 * 8 + 2 * 32 + 16) + 2 * 32
+    of_bytes = lambda workload: sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(workload.scoring)
+    )
+    norms = of_bytes(plain) - 2 * weights
+    held = of_bytes(dataclasses.replace(plain, config=config))
+    assert held == weights + 4 * channels + norms
 
 
 def test_sizes_of_a_run(run_of):

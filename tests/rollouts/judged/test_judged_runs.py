@@ -36,8 +36,9 @@ from opdjax.diagnose.doctor import CHECKS, run_checks
 from opdjax.engine.update import loss_and_grad
 from opdjax.estimators.losses import AGGREGATIONS
 from opdjax.rollouts.rows import token_stages, with_advantages
-from opdjax.rollouts.setup import load_student, prepare, update_spec
+from opdjax.rollouts.setup import prepare, update_spec
 from opdjax.rollouts.source import SourceStoppedError
+from opdjax.rollouts.weights import load_student
 from opdjax.runs.workdir import read_lines
 from opdjax.train import train
 from opdjax.types import Rollouts, TrainBatch

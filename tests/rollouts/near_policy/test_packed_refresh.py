@@ -11,7 +11,8 @@ from near_runs import FILTERED, REFRESH, near
 
 from opdjax.engine.update import loss_and_grad
 from opdjax.rollouts.near_policy.refresh import RefreshSource
-from opdjax.rollouts.setup import initial_weights, load_student, prepare, update_spec
+from opdjax.rollouts.setup import prepare, update_spec
+from opdjax.rollouts.weights import initial_weights, load_student
 from opdjax.runs.metrics import Timer
 
 
