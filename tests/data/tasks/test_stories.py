@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from opdjax.data.grading import grader
+from opdjax.data.grading import grader_named
 from opdjax.data.tasks import stories
 from opdjax.data.tasks.stories import Problem, draw, parts, problems, solution, split_of
 
@@ -42,7 +42,7 @@ def test_an_answer_by_hand():
 
 
 def test_every_solution_is_right_and_the_grader_agrees(splits):
-    is_right = grader("gsm8k")
+    is_right = grader_named("gsm8k")
     for problem in splits["validation"] + splits["test"]:
         texts = {solution(problem, seed) for seed in range(4)}
         assert len(texts) > 1
