@@ -60,7 +60,7 @@ def decoder_of(raw: dict[str, Any]) -> DecoderConfig:
 
 
 def write_model(params: dict, raw: dict[str, Any], tokenizer: Any, out: pathlib.Path) -> None:
-    """Write a Hugging Face directory with these weights in the dtype of `raw`; an existing one is replaced."""
+    """Write a Hugging Face directory, in the dtype of `raw`; an existing one is replaced."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         ids = {"eos_token_id": raw["eos_token_id"], "pad_token_id": raw["pad_token_id"]}

@@ -139,11 +139,9 @@ def _mistake(value: int, changes: list[Change], rng: random.Random) -> tuple[int
 def _is_possible(value: int, changes: list[Change]) -> bool:
     """Whether every number of the chain is whole and from 0 to 999."""
     for sign, number in changes:
-        if sign == "/" and value % number:
+        if not 0 <= value <= 999 or (sign == "/" and value % number):
             return False
         value = _changed(value, (sign, number))
-        if not 0 <= value <= 999:
-            return False
     return 0 <= value <= 999
 
 
