@@ -24,7 +24,7 @@ Parts = list[tuple[str, bool]]  # pieces of a text, and whether a model trains o
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class WordProblem:
     """A story of one number: `start`, then `changes` in this order."""
 
     prompt: str
@@ -39,8 +39,8 @@ class Problem:
         return str(functools.reduce(_changed, self.changes, self.start))
 
 
-def draw(split: str, seed: int, index: int) -> Problem:
-    """Problem `index` of a split, a function of its arguments alone. Problems of `test` with an odd
+def draw(split: str, seed: int, index: int) -> WordProblem:
+    """WordProblem `index` of a split, a function of its arguments alone. Problems of `test` with an odd
     index use people, things and sentences that occur in no other split.
     """
     rng, words = random.Random(f"{split} {seed} {index}"), _words()
@@ -52,17 +52,17 @@ def draw(split: str, seed: int, index: int) -> Problem:
     items, other = rng.sample(words["items"][part], 2)
     people = {"name": name, "friend": friend, "items": items, "other": other}
 
-    def told(sentences: list[str], number: int = 0) -> str:
+    def filled(sentences: list[str], number: int = 0) -> str:
         filling = {key: rng.choice(words[f"{key}s"]) for key in ("place", "adjective", "day")}
         return rng.choice(sentences).format(n=number, **people, **filling)
 
-    story = [told(words["openings"][part], start)]
+    story = [filled(words["openings"][part], start)]
     for sign, number in changes:
         if rng.random() < 0.2:
-            story.append(told(words["remarks"]))
-        story.append(told(words["changes"][part][sign], number))
-    story.append(told(words["questions"][part]))
-    return Problem(" ".join(story), start, changes, name, items)
+            story.append(filled(words["remarks"]))
+        story.append(filled(words["changes"][part][sign], number))
+    story.append(filled(words["questions"][part]))
+    return WordProblem(" ".join(story), start, changes, name, items)
 
 
 def split_of(start: int, changes: tuple[Change, ...]) -> str:
@@ -71,7 +71,7 @@ def split_of(start: int, changes: tuple[Change, ...]) -> str:
     return next(name for name, buckets in _SPLIT_BUCKETS.items() if bucket in buckets)
 
 
-def problems(split: str) -> list[Problem]:
+def problems(split: str) -> list[WordProblem]:
     """The problems of a split, always the same ones: `train` 8192, `validation` 512, `test` 1024.
     ValueError on another name.
     """
@@ -80,14 +80,14 @@ def problems(split: str) -> list[Problem]:
     return [draw(split, 0, index) for index in range(SPLITS[split])]
 
 
-def solution(problem: Problem, seed: int, error_rate: float = 0.0) -> str:
+def solution(problem: WordProblem, seed: int, error_rate: float = 0.0) -> str:
     """A worked solution, one of many for each seed, that is wrong with probability `error_rate`."""
     rng = random.Random(f"{problem.prompt} {seed}")
     mistake = "carried" if rng.random() < error_rate else None
     return "".join(text for text, _ in parts(problem, rng, mistake))
 
 
-def parts(problem: Problem, rng: random.Random, mistake: str | None = None) -> Parts:
+def parts(problem: WordProblem, rng: random.Random, mistake: str | None = None) -> Parts:
     """The pieces of a worked solution. With a mistake, the result of one step is wrong, and is no
     text to train on. After a mistake that is `carried`, all that follows is right given the wrong
     number, so that the final number is wrong; `corrected`: the next sentence repairs it.
@@ -145,8 +145,8 @@ def _is_possible(value: int, changes: list[Change]) -> bool:
     return 0 <= value <= 999
 
 
-def _ordered(problem: Problem, rng: random.Random) -> list[Change]:
-    """The changes as told, or, if there are only sums, sometimes in another order."""
+def _ordered(problem: WordProblem, rng: random.Random) -> list[Change]:
+    """The changes in the order of the story, or, if there are only sums, sometimes in another order."""
     changes = list(problem.changes)
     if all(sign in "+-" for sign, _ in changes) and rng.random() < 0.4:
         mixed = rng.sample(changes, len(changes))

@@ -9,10 +9,10 @@ import pytest
 
 from opdjax.data.grading import grader_named
 from opdjax.data.tasks import stories
-from opdjax.data.tasks.stories import Problem, draw, parts, problems, solution, split_of
+from opdjax.data.tasks.stories import WordProblem, draw, parts, problems, solution, split_of
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
-STORY = Problem("", 24, (("+", 13), ("-", 5)), "Ada", "apples")
+STORY = WordProblem("", 24, (("+", 13), ("-", 5)), "Ada", "apples")
 
 
 def equations(text):
@@ -37,7 +37,7 @@ def splits():
 
 def test_an_answer_by_hand():
     assert STORY.answer == "32"
-    long = Problem("", 6, (("*", 3), ("/", 2), ("+", 1), ("-", 10)), "Ada", "apples")
+    long = WordProblem("", 6, (("*", 3), ("/", 2), ("+", 1), ("-", 10)), "Ada", "apples")
     assert long.answer == "0"
 
 
