@@ -40,7 +40,7 @@ class WordProblem:
 
 
 def draw(split: str, seed: int, index: int) -> WordProblem:
-    """WordProblem `index` of a split, a function of its arguments alone. Problems of `test` with an odd
+    """Problem `index` of a split, a function of its arguments alone. Problems of `test` with an odd
     index use people, things and sentences that occur in no other split.
     """
     rng, words = random.Random(f"{split} {seed} {index}"), _words()
@@ -146,7 +146,7 @@ def _is_possible(value: int, changes: list[Change]) -> bool:
 
 
 def _ordered(problem: WordProblem, rng: random.Random) -> list[Change]:
-    """The changes in the order of the story, or, if there are only sums, sometimes in another order."""
+    """The changes as in the story or, if there are only sums, sometimes in another order."""
     changes = list(problem.changes)
     if all(sign in "+-" for sign, _ in changes) and rng.random() < 0.4:
         mixed = rng.sample(changes, len(changes))
