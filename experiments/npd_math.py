@@ -22,7 +22,8 @@ them for generation. By `opdjax plan --topology a100-1` it fits an A100 of 80 GB
 from the paper, MATH-500: 76.6 from 62.0 (teacher: 80.0), GSM8K: 82.9 from 77.3 (teacher: 89.3). Not
 run here yet. Deviations: the cosine ends at 0, the paper's at 1e-6; rows have 4,096 tokens, the
 model's context and fast with any attention, the paper's 32,768. The paper does not state batch
-size, temperature and answer length; those here are ours. Its student is first fine-tuned on
+size, temperature and answer length; those here are ours, as are IFD as a ratio of mean negative
+log-likelihoods and a KL that is not renormalised on the top k. Its student is first fine-tuned on
 answers: pass such a student as --student.path.
 """
 

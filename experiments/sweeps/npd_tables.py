@@ -14,8 +14,9 @@ tables use the pair of its controlled experiment: Qwen2.5-Math-1.5B from Qwen2.5
 50 thousand prompts of MetaMathQA (hub: meta-math/MetaMathQA, column query). Evaluation: MATH500 and
 GSM8K; the answers in gsm8k_test.jsonl are the bare numbers after ####. Recovered settings: lambda
 0.9, k 10, tau 0.8, one refresh before the sixth of ten epochs, lr 1e-5 with a cosine, clip 1. Ours:
-batch size, temperature, answer length, the grids of lambda, k and tau around their best values, and
-the numbers of refreshes.
+batch size, temperature, answer length, IFD as a ratio of mean negative log-likelihoods (not of
+perplexities), a KL that is not renormalised on the top k, the grids of lambda, k and tau around
+their best values, and the numbers of refreshes.
 
 Hardware: not stated for this pair; the paper's main run takes 366 hours on one Ascend NPU, 300 of
 them for generation [N]. Here 52 runs of 3,900 updates of 128 answers. We estimate (700 tokens an

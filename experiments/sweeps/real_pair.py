@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from opdjax.config import EstimatorConfig, NearPolicyConfig
 from opdjax.config.experiments import config_beside
-from opdjax.config.grid import SweepPoint, arms, chain, points, product, seeds, vary
+from opdjax.config.grid import SweepPoint, arms, chain, points, product, rate_grid, seeds, vary
 
 STEPS, PROMPTS, LENGTH = 12, 8, 32
 
@@ -77,8 +77,7 @@ def get_sweep() -> list[SweepPoint]:
         checkpoint=replace(paper.checkpoint, every=STEPS // 2),
     )
     # The grid is scored before and after, the comparison in the middle as well.
-    validation = {"evaluation.source": "instructions:validation", "evaluation.every": STEPS}
-    grid = product(arms({"validation": validation}, "scored_on"), seeds(1, first=100))
-    grids = [product(at(name, GRID), grid) for name in METHODS]
+    validation = {"source": "instructions:validation", "every": STEPS}
+    grids = [rate_grid(arms({name: METHODS[name]}), GRID, validation, seed=100) for name in METHODS]
     compared = [product(at(name, (rate,)), seeds(3)) for name, rate in BEST_RATE.items()]
     return points(base, chain(*grids, *compared))

@@ -27,15 +27,17 @@ at T = 1 and top-p 0.95, up to 32,768 tokens.
 Hardware: eight A100 of 80 GB; the paper's figures give about 6.6 minutes per step, 58 hours for 531
 steps [D]. Here 48 runs, 36 of which learn from judges, so some 2,200 hours of such a machine; a run
 makes some 34 thousand judge calls [D] of up to 98 thousand tokens each. Never run here; before a
-run, set prices and a cap (ApiConfig.prices and max_dollars) in a copy of this file. The
-paper's numbers, AIME24 and AIME25 [P]: non-thinking from 24.17 and 20.83, T-Judge 62.50 and 56.64,
-ROPD 65.02 and 58.75; thinking from 70.42 and 59.58, T-Judge 72.50 and 65.48, ROPD 75.41 and 68.75;
+run, set prices and a cap (ApiConfig.prices and max_dollars) in a copy of this file. The paper's
+numbers, AIME24 and AIME25 [P]: non-thinking from 24.17 and 20.83, T-Judge 62.50 and 56.64, ROPD
+65.02 and 58.75; thinking from 70.42 and 59.58, T-Judge 72.50 and 65.48, ROPD 75.41 and 68.75;
 GPQA-Diamond 36.50 and 55.05; on AIME24 one reference 47.08, a rubric per rollout 61.25, not blind
 61.75; Gemma3-4B-it 10.00 from 6.67. Deviations: one update of 256 rollouts a step, the release
 makes four of 64; no importance weight between sampler and trainer, which use the same kernels here;
 references at temperature 1, because four at temperature 0 would be identical; the last checkpoint
 is scored, the paper's is the best on validation; judges think with high effort, as released, so the
-paper's temperatures are not sent; `ropd_sft` learns at 1e-5, which is ours.
+paper's temperatures are not sent; `ropd_sft` learns at 1e-5. Ours, where the sources differ or are
+silent: that rate, the temperature of the references (0 in the paper), 531 steps (paper; the release
+has 500), and the clip of the release.
 """
 
 from dataclasses import replace

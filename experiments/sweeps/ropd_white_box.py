@@ -21,8 +21,8 @@ of such a machine without the judges' servers, SFT and the eleven evaluations of
 here. The paper's numbers, average of four contests [P]: student 15.63, SFT 17.29, LOPD 32.82, ROPD
 45.87, teacher 56.46; LOPD reaches its best average after 15.4 thousand prompts, ROPD reaches the
 same after 1.6 thousand; 34.4 and 5.5 hours until 48.3 on AIME24. Deviations: as in
-ropd_black_box.py; judges at the paper's temperatures, 0.7 and 0; LOPD at ROPD's learning rate and
-batch, `ropd_sft` at 1e-5, because the paper does not state theirs.
+ropd_black_box.py; judges at the paper's temperatures, 0.7 and 0; references at 0.7, which is ours;
+LOPD at ROPD's learning rate and batch, `ropd_sft` at 1e-5, because the paper does not state theirs.
 """
 
 from dataclasses import replace

@@ -22,6 +22,7 @@ from typing import Any
 from opdjax.config import Config
 from opdjax.config.validation import ConfigError, nearest, to_dict
 
+SCORED_ON = "scored_on"  # label of the points of a grid; a table's cells leave them out
 _MAX_ID = 180  # characters; file systems allow names of 255 bytes
 _UNSAFE = r"[^A-Za-z0-9._+-]"  # characters that an id does not keep
 
@@ -69,6 +70,19 @@ def arms(fields: Mapping[str, Mapping[str, Any]], name: str = "arm") -> list[Ove
 def seeds(count: int, first: int = 0) -> list[Overrides]:
     """Runs that differ only in their random draws."""
     return vary("seed", range(first, first + count))
+
+
+def rate_grid(
+    methods: Sequence[Overrides], rates: Iterable[float], evaluation: Mapping[str, Any], seed: int
+) -> list[Overrides]:
+    """The points that choose the learning rate of each method, whose own overrides leave it open:
+    each rate once, with other `evaluation.*` fields (validation prompts) and another seed than the
+    comparison. Tables of papers find a method's grid by its config, equal in all other settings.
+    """
+    validation = arms(
+        {"validation": {f"evaluation.{k}": v for k, v in evaluation.items()}}, SCORED_ON
+    )
+    return product(methods, vary("optimizer.learning_rate", rates), validation, seeds(1, seed))
 
 
 def product(*sweeps: Sequence[Overrides]) -> list[Overrides]:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from opdjax.report.measures import SCORES
-from opdjax.report.papers import compare
-from opdjax.report.papers.compare import Cell, Comparison, Verdict
+from opdjax.report.papers.cells import Cell, Interval, finite
+from opdjax.report.papers.compare import Comparison, compare
+from opdjax.report.papers.tables import paper_named, paper_tables
+from opdjax.report.papers.verdicts import DECIDED, Verdict
 from opdjax.runs.results import (
     DIVERGENCES,
     Point,
@@ -46,7 +48,8 @@ COLUMNS: dict[str, Callable[[Run], float | None]] = {
     "keep rate": lambda run: run.keep_rate,
     "seconds": lambda run: run.seconds,
 }
-_CLAIMS = ["claim", "of", "column", "compared", "left - right, by seed", "n", "verdict"]
+_CLAIMS = ["claim", "of", "column", "compared", "left - right", "greedy: left - right", "n"]
+_CLAIMS += ["verdict", "after Holm's correction", "smallest effect seen"]
 _SEEDS = (
     "± is half a 95 % interval over seeds (Student's t), or over prompts where every seed's share "
     "is 0 or 1. Runs of one row answer the same prompts, so it does not include the variance over "
@@ -65,13 +68,22 @@ _KL = (
     "log-ratio of the sampled tokens."
 )
 _NOTES = [
-    "± is half a 95 % interval over n seeds (Student's t). A claim is reproduced if the whole "
-    "interval is on its side, contradicted if none of it is, else inconclusive.",
+    "± of a score is half a 95 % interval over n seeds (Student's t); of a paired difference, over "
+    "seeds and prompts where each prompt's score was kept. A ratio of costs until a score, or one "
+    "whose seeds spread over a factor of ten, is a median with the interval of the sign test, "
+    "which needs six seeds.",
+    "A claim is reproduced if the whole interval is on its side, contradicted if none of it is, "
+    "else inconclusive, with the smallest effect that this error finds with a power of 80 %. "
+    "Holm's correction is for all decided claims of a table. A claim is not testable here if the "
+    "design or the records of the runs exclude an answer.",
+    "rate: the learning rate used, and the grid that it was chosen from, on validation prompts and "
+    "another seed, all else equal. A claim is judged only if both arms used the best rate of grids "
+    "of one size.",
     "config: a digest of all settings but the seed; cells with one digest come from the same runs.",
 ]
 SIDES = (
-    "Reproduced: the whole 95 % interval of the paired difference over seeds is on the claim's "
-    "side. Contradicted: none of it is."
+    "Reproduced: the whole 95 % interval of the paired difference is on the claim's side. "
+    "Contradicted: none of it is."
 )
 
 
@@ -140,7 +152,7 @@ def _row(group: SeedGroup) -> dict[str, Any]:
     """A setting, the mean and interval of its runs in each column, their number, missing points."""
     runs = read_group(group)
     found = {name: column_interval(name, runs) for name in COLUMNS}
-    values = {name: compare.finite(*interval) for name, interval in found.items() if interval}
+    values = {name: finite(*interval) for name, interval in found.items() if interval}
     about = {"overrides": group.overrides, "values": values}
     return about | {"n": len(runs), "missing": group.missing}
 
@@ -165,9 +177,7 @@ def interval(values: Iterable[float | None]) -> tuple[float, float] | None:
 
 def list_of_papers() -> str:
     """A line per table of a paper: name, title and paper."""
-    return "\n".join(
-        f"{name:22}{of.title} ({of.paper})" for name, of in compare.paper_tables().items()
-    )
+    return "\n".join(f"{name:22}{of.title} ({of.paper})" for name, of in paper_tables().items())
 
 
 def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown") -> str:
@@ -178,8 +188,8 @@ def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown")
     """
     is_all = name == "all"
     points = read_points(directory)
-    tables = compare.paper_tables().values() if is_all else [compare.paper_named(name)]
-    found = [compare.compare(of, points) for of in tables]
+    tables = paper_tables().values() if is_all else [paper_named(name)]
+    found = [compare(of, points) for of in tables]
     found = [each for each in found if each.is_run or not is_all]
     if not found:
         raise WorkdirError(
@@ -205,10 +215,17 @@ def paper_table(directory: pathlib.Path, name: str, format: Format = "markdown")
 
 
 def counted(found: Sequence[Comparison]) -> str:
-    """The number of claims, and of those with each verdict."""
-    statuses = [verdict.status for each in found for verdict in each.verdicts]
-    counts = collections.Counter(statuses).most_common()
-    return f"{len(statuses)} claims: {', '.join(f'{count} {status}' for status, count in counts)}"
+    """The number of claims, and of those with each verdict; a claim of two tables counts once."""
+    different: dict[Any, str] = {}
+    for each in found:
+        arms = {row.label: (row.arm, row.when) for row in each.table.rows}
+        for verdict in each.verdicts:
+            claim, column = verdict.claim, verdict.column
+            rows = (arms.get(label) for label in (claim.left, claim.right, claim.base))
+            read = column.read, column.pair, column.until, column.spent
+            different.setdefault((claim.kind, verdict.claimed, *rows, *read), verdict.status)
+    counts = collections.Counter(different.values()).most_common()
+    return f"{len(different)} claims: {', '.join(f'{count} {status}' for status, count in counts)}"
 
 
 def about(found: Comparison) -> str:
@@ -241,6 +258,8 @@ def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
 
     missing = lambda cell: ", ".join(map(_seed_of, cell.missing))
     texts["missing"] = [by_pair(row, missing) for row in rows]
+    rate = lambda cell: str(cell.tuning or "")
+    texts["rate"] = [by_pair(row, rate) for row in rows]
     texts["config"] = [by_pair(row, lambda cell: cell.digest or "") for row in rows]
     texts["note"] = [row.note for row in found.table.rows]
     filled = {name: each for name, each in texts.items() if any(each)}
@@ -254,7 +273,7 @@ def _ours(cell: Cell, unit: str) -> str:
     return f"≥ {shown} ({n}, {len(cell.censored)} never)" if cell.censored else f"{shown} ({n})"
 
 
-def _significant(found: compare.Interval | None, unit: str = "") -> str:
+def _significant(found: Interval | None, unit: str = "") -> str:
     if found is None:
         return ""
     mean = abs(found[0])
@@ -265,6 +284,7 @@ def _significant(found: compare.Interval | None, unit: str = "") -> str:
 _PARTS: dict[str, Callable[[Cell, str], str]] = {
     "paper": lambda cell, _: f"{cell.paper.number:g} [{cell.paper.mark}]" if cell.paper else "",
     "ours": _ours,
+    "ours, greedy": lambda cell, unit: _significant(cell.greedy, unit),
     "ours - paper": lambda cell, _: "" if cell.difference is None else f"{cell.difference:+.2f}",
 }
 
@@ -278,14 +298,32 @@ def claims(found: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
             f"{each.claim.left}, {each.claim.right}",
             each.column.label,
             _claimed(each),
-            "0 in every seed" if each.difference == (0.0, 0.0) else _significant(each.difference),
+            _difference(each),
+            _significant(each.greedy),
             each.n,
-            each.status,
+            f"{each.status}: {each.reason}" if each.reason else each.status,
+            _corrected(each),
+            "" if each.detectable is None else f"{each.detectable:.3g}",
         ]
         for of in found
         for each in of.verdicts
     ]
     return (["table"] if len(found) > 1 else []) + _CLAIMS, rows
+
+
+def _difference(verdict: Verdict) -> str:
+    if not verdict.over.startswith("median") or verdict.difference is None:
+        return _significant(verdict.difference)
+    low, high = verdict.interval or ("", "")
+    return f"median {verdict.difference[0]:.3g}" + (f" ({low:.3g} to {high:.3g})" if high else "")
+
+
+def _corrected(verdict: Verdict) -> str:
+    """The verdict that remains after Holm's correction, with its p-value."""
+    if verdict.adjusted is None or verdict.status not in DECIDED:
+        return ""
+    status = verdict.status if verdict.adjusted <= 0.05 else "inconclusive"
+    return f"{status}, p {'< 0.001' if verdict.adjusted < 1e-3 else f'= {verdict.adjusted:.2g}'}"
 
 
 def _claimed(verdict: Verdict) -> str:
@@ -294,7 +332,7 @@ def _claimed(verdict: Verdict) -> str:
     return {
         "more": f"above {margin:g}",
         "less": f"below {0 - margin:g}",
-        "equal": f"within ± {margin:g}",
+        "equal": f"within ± {verdict.claimed[1] or 0:g}",
         "ratio": f"left / right: at least {margin:g}",
         "gap": f"share of the gap: at least {margin:g}",
     }[verdict.claim.kind]

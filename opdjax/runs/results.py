@@ -77,6 +77,15 @@ class Run:
         """
         return _score((self.result or {}).get(f"eval_{when}", {}), name)
 
+    def per_prompt(self, name: str, when: Literal["after", "before"] = "after") -> Any:
+        """The score `avg@k` or `greedy` of each prompt, `[P]`; None if it was not kept."""
+        found = (self.result or {}).get(f"eval_{when}", {})
+        field, k = {
+            "avg@k": ("per_prompt", found.get("k")),
+            "greedy": ("per_prompt_greedy", 1),
+        }.get(name, ("", None))
+        return np.array(found[field]) / k if field in found else None
+
     def divergence(
         self, name: str, writer: Literal["student", "teacher"] = "student", when: str = "after"
     ) -> float | None:

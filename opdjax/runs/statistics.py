@@ -1,19 +1,20 @@
 """Scores of repeated sampling, and 95 % intervals over prompts, seeds and trials.
 
-The unit is the prompt (`mean_and_interval`, `paired_difference`) or the seed (`seed_interval`):
-samples of one prompt are not independent.
+The unit is the prompt (`mean_and_interval`, `paired_difference`), the seed (`seed_estimate`,
+`median_estimate`) or both (`crossed_estimate`): samples of one prompt are not independent.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import bdtr, stdtr, stdtridf, stdtrit
 
 _Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 _RESAMPLES = 1000  # of the bootstrap
@@ -98,15 +99,113 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> tuple[float, flo
     return mean_and_interval(after - before)
 
 
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number and its uncertainty. A test against a bound at distance d of the number has the
+    two-sided p-value of t = d / error; of a median it is that of the sign test.
+    """
+
+    value: float
+    half: float  # of the 95 % interval; infinite if there is none
+    freedom: float = 1.0  # degrees of freedom of Student's t
+    signs: tuple[float, ...] | None = None  # of a median: its values, sorted
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Both ends of the 95 % interval."""
+        if self.signs is None:
+            return self.value - self.half, self.value + self.half
+        # The outermost values of which at most 2.5 % of samples lie on one side of the median.
+        count, beyond = len(self.signs), 0
+        while 2 * bdtr(beyond, count, 0.5) <= 0.05:
+            beyond += 1
+        return (self.signs[beyond - 1], self.signs[-beyond]) if beyond else (-math.inf, math.inf)
+
+    def p_value(self, bound: float) -> float:
+        """Two-sided p-value of the hypothesis that the true number is the bound."""
+        if self.signs is not None:
+            above = sum(value > bound for value in self.signs)
+            below = sum(value < bound for value in self.signs)
+            return min(1.0, 2 * float(bdtr(min(above, below), above + below, 0.5)))
+        if not math.isfinite(self.half):
+            return 1.0
+        error = self.half / _t95(self.freedom)
+        t = abs(self.value - bound) / error if error else math.inf
+        return 2 * float(stdtr(self.freedom, -t))
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest effect that such a study finds with a power of 80 % at a level of 5 %:
+        (t(0.975) + t(0.8)) errors (Bloom 1995). None of a median, or without an interval.
+        """
+        if self.signs is not None or not math.isfinite(self.half):
+            return None
+        return self.half * (1 + float(stdtrit(self.freedom, 0.8)) / _t95(self.freedom))
+
+
 def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     """(mean, half width of its 95 % interval) over seeds, by Student's t; infinite for one."""
+    found = seed_estimate(values)
+    return found.value, found.half
+
+
+def seed_estimate(values: Sequence[float]) -> Estimate:
+    """The mean over seeds, by Student's t; the half width is infinite for one seed."""
     if len(values) < 2:
-        return float(values[0]), math.inf
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), _t95(len(values) - 1) * error
+        return Estimate(float(values[0]), math.inf)
+    error, freedom = statistics.stdev(values) / math.sqrt(len(values)), len(values) - 1
+    return Estimate(statistics.fmean(values), _t95(freedom) * error, freedom)
 
 
-def _t95(freedom: int) -> float:
+def median_estimate(values: Sequence[float]) -> Estimate:
+    """The median over seeds, by the sign test, which no outlier and no bound in place of a value
+    misleads. Fewer than six values have no 95 % interval: 2 / 2^5 is above 5 %.
+    """
+    found = Estimate(statistics.median(values), math.inf, signs=tuple(sorted(values)))
+    low, high = found.interval
+    return dataclasses.replace(found, half=max(found.value - low, high - found.value))
+
+
+def crossed_estimate(values: np.ndarray) -> Estimate:
+    """The mean of `values [S, P]`, of S seeds and P prompts, both of them random samples.
+
+    Two-way analysis of variance with one value per cell, value = mean + seed + prompt + rest: with
+    the mean squares A of seeds, B of prompts and E of the rest, the error squared is
+    (max(A, E) + max(B - E, 0)) / (S P), the sum of Cameron, Gelbach and Miller 2011, equation 2.11,
+    with no negative part. Half the interval is the root of the same sum, each part times its own
+    t squared (Howe 1974). By simulation, for 3 to 5 seeds and 50 to 500 prompts, it covers 92.8 to
+    97.6 %. ValueError unless S and P are 2 or more.
+    """
+    seeds, prompts = values.shape
+    if min(seeds, prompts) < 2:
+        raise ValueError(f"values have the shape {values.shape}; expected 2 or more of each")
+    mean = values.mean()
+    rows, columns = values.mean(axis=1, keepdims=True), values.mean(axis=0, keepdims=True)
+    residuals = values - rows - columns + mean
+    freedoms = seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)
+    parts = prompts * ((rows - mean) ** 2).sum(), seeds * ((columns - mean) ** 2).sum()
+    a, b, e = (x / freedom for x, freedom in zip((*parts, (residuals**2).sum()), freedoms))
+    between, freedom = (a, freedoms[0]) if a > e else (e, freedoms[2])
+    added = max(b - e, 0)
+    variance = between + added
+    squared = _t95(freedom) ** 2 * between + _t95(freedoms[1]) ** 2 * added
+    if added:  # the degrees of freedom of this half width, so that tests agree with intervals
+        freedom = float(stdtridf(0.975, math.sqrt(squared / variance)))
+    return Estimate(float(mean), math.sqrt(squared / values.size), freedom)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for the number of tests (Holm 1979): rejecting those of at most 5 % makes
+    any error with a probability of at most 5 %, however the tests depend on each other.
+    """
+    order, adjusted, worst = np.argsort(p_values, kind="stable"), [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[at]))
+        adjusted[at] = float(worst)
+    return adjusted
+
+
+def _t95(freedom: float) -> float:
     """Two-sided 95 % quantile of Student's t."""
     return float(stdtrit(freedom, 0.975))
 

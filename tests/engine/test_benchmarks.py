@@ -13,7 +13,7 @@ from tiny_runs import TINY, vary
 from opdjax.cli.models import evaluate
 from opdjax.data.prompt_rows import first_of_each, read_prompts
 from opdjax.data.sources import ColumnMap, DataError
-from opdjax.report.papers.compare import reader
+from opdjax.report.papers.cells import reader
 from opdjax.rollouts.setup import prepare
 from opdjax.rollouts.weights import initial_weights
 from opdjax.runs.results import read_run
@@ -57,8 +57,9 @@ def run(file, tmp_path_factory):
 def test_scores_of_benchmarks_by_hand():
     scores = np.array([0.0, 1.0, 0.5, 1.0, 1.0])
     found = by_benchmark(["a", "b", "a", "b", "a"], {"avg@k": scores})
-    # a: 0, 0.5, 1, with standard deviation 0.5; b: 1, 1, of which two prompts say nothing.
-    half = 1.959964 * 0.5 / math.sqrt(3)
+    # a: 0, 0.5, 1, with standard deviation 0.5, t of two degrees of freedom; b: 1, 1, of which two
+    # prompts say nothing.
+    half = 4.302653 * 0.5 / math.sqrt(3)
     assert found["a"] == {"num_prompts": 3, "avg@k": 0.5, "avg@k_interval": pytest.approx(half)}
     assert found["b"] == {"num_prompts": 2, "avg@k": 1.0, "avg@k_interval": 1.0}
     assert found["mean"] == {

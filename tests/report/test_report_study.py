@@ -33,10 +33,11 @@ from opdjax.config import (
 )
 from opdjax.config.validation import to_dict
 from opdjax.report.drawing import log_ticks
-from opdjax.report.papers.compare import compare, paper_tables
+from opdjax.report.papers.compare import compare
+from opdjax.report.papers.tables import paper_tables
 from opdjax.report.sweep import label, sweep_facts
 from opdjax.report.table import cells as cells_of
-from opdjax.report.table import claims
+from opdjax.report.table import claims, counted
 from opdjax.report.text import amount, plus_minus
 from opdjax.runs.results import read_points
 from opdjax.runs.statistics import seed_interval
@@ -112,18 +113,15 @@ def test_every_verdict_stands_in_the_overview_with_its_paired_difference(study):
     ]
     lines = page.rows[1 : len(verdicts) + 1]  # below the head of the first table
     assert len(verdicts) > 5
-    for (name, verdict), (table, claim, *_, pairs, status) in zip(verdicts, lines):
-        assert status == verdict.status
+    for (name, verdict), (table, claim, *_, pairs, status, _, _) in zip(verdicts, lines):
+        assert status.startswith(verdict.status)
         assert claim == f"{verdict.claim.text} [{verdict.claim.mark}]"
         assert (table, pairs) == (name, str(verdict.n))
     printed = claims([found for found in tables if found.is_run])[1]
     assert lines == [[*map(str, cells)] for cells in printed]
-    counts = {
-        status: sum(verdict.status == status for _, verdict in verdicts)
-        for status in ("reproduced", "contradicted", "inconclusive", "not run")
-    }
-    told = page.all.partition(f"{len(verdicts)} claims: ")[2].partition(".")[0].split(", ")
-    assert sorted(told) == sorted(f"{n} {status}" for status, n in counts.items() if n)
+    # The study has no grids, and the same metrics in every arm.
+    assert {verdict.status for _, verdict in verdicts} == {"not testable here", "not run"}
+    assert counted([found for found in tables if found.is_run]) in page.all
 
 
 @pytest.mark.usefixtures("words_alone")

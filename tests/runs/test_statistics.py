@@ -9,19 +9,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import stdtr
 
 from opdjax.runs.statistics import (
+    Estimate,
     avg_at_k,
     clustered_ratio,
+    crossed_estimate,
+    holm,
     lies_within,
     maj_at_k,
     mean_and_interval,
+    median_estimate,
     paired_by_seed,
     paired_difference,
     paired_ratios,
     pass_at_k,
     ratio_of_logarithm,
     ratio_with_interval,
+    seed_estimate,
     shares_of_gap,
 )
 
@@ -237,3 +243,82 @@ def test_a_difference_of_ratios_is_paired_by_cluster():
     expected = (0.5, 4.302653 * values.std(ddof=1) / math.sqrt(3))
     assert paired_ratios(ours, plain) == pytest.approx(expected, rel=1e-6)
     assert paired_ratios(ours, ours) == (0, 0)
+
+
+# Seeds and prompts
+
+
+def test_a_crossed_estimate_by_hand():
+    # Seeds 0 and 2, prompts all alike: A = 3 * (1 + 1) / 1 = 6, B = E = 0, error^2 = 6 / 6.
+    found = crossed_estimate(np.array([[0.0] * 3, [2.0] * 3]))
+    assert (found.value, found.freedom) == (1.0, 1)
+    assert found.half == pytest.approx(12.706205)
+    # Prompts 0, 3, 6 in both seeds: B = 2 * (9 + 0 + 9) / 2 = 18, error^2 = 18 / 6, t of 2.
+    found = crossed_estimate(np.array([[0.0, 3.0, 6.0]] * 2))
+    assert found.half == pytest.approx(4.302653 * math.sqrt(3))
+    assert found.freedom == pytest.approx(2, rel=1e-6)
+    with pytest.raises(ValueError, match=r"shape \(1, 3\); expected 2 or more of each"):
+        crossed_estimate(np.zeros((1, 3)))
+
+
+@pytest.mark.parametrize(("seeds", "prompts"), [(3, 50), (3, 500), (4, 200), (5, 50), (5, 500)])
+def test_a_crossed_interval_covers_the_true_difference(seeds, prompts):
+    random, num = np.random.default_rng(seeds * prompts), 1500
+    # Standard deviations of seeds and of prompts beside a rest of 0.3, from prompts to seeds.
+    shares = ((0.0, 0.1), (0.01, 0.1), (0.02, 0.05), (0.02, 0.2), (0.05, 0.1))
+    covered = []
+    for between, of_prompts in shares:
+        hits = 0
+        for _ in range(num):
+            rows, columns = (random.standard_normal(n) for n in (seeds, prompts))
+            values = 0.3 * random.standard_normal((seeds, prompts)) + 0.07
+            values += between * rows[:, None] + of_prompts * columns
+            low, high = crossed_estimate(values).interval
+            hits += low <= 0.07 <= high
+        covered.append(hits / num)
+    error = 3 * math.sqrt(0.95 * 0.05 / num)  # of the simulation
+    assert 0.93 - error <= min(covered)
+    assert max(covered) <= 0.97 + error
+    assert 0.93 <= np.mean(covered) <= 0.97
+
+
+def test_seeds_alone_would_cover_too_seldom_over_prompts():
+    random, hits = np.random.default_rng(0), 0
+    for _ in range(500):
+        values = 0.3 * random.standard_normal((5, 50)) + 0.2 * random.standard_normal(50)
+        low, high = seed_estimate(values.mean(axis=1)).interval
+        hits += low <= 0 <= high
+    assert hits / 500 < 0.85
+
+
+def test_p_values_agree_with_intervals():
+    found = seed_estimate([0.03, 0.02, 0.04])
+    for end in found.interval:
+        assert found.p_value(end) == pytest.approx(0.05)
+    assert seed_estimate([1.0]).p_value(0.0) == 1.0
+    assert found.p_value(found.value) == 1.0
+    # With many degrees of freedom: 1.960 + 0.842 errors.
+    assert Estimate(0.0, 1.959964, 1e6).detectable == pytest.approx(2.80, abs=0.01)
+
+
+def test_a_median_needs_six_seeds_for_an_interval():
+    assert median_estimate([1.0, 2.0, 3.0, 4.0, 50.0]).interval == (-math.inf, math.inf)
+    found = median_estimate([1.0, 2.0, 3.0, 4.0, 5.0, 60.0])
+    assert (found.value, found.interval) == (3.5, (1.0, 60.0))  # 2 / 2^6 = 3.1 %
+    assert found.p_value(0.0) == pytest.approx(2 / 64)
+    assert found.p_value(1.5) == pytest.approx(2 * 7 / 64)
+    assert median_estimate(range(9)).interval == (1, 7)  # 2 * (1 + 9) / 2^9 = 3.9 %
+
+
+def test_holms_correction_by_hand_and_its_family_wise_error():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    random, num = np.random.default_rng(1), 4000
+    for correlation in (0.0, 0.7):
+        shared = random.standard_normal((num, 1, 4)) * math.sqrt(correlation)
+        values = shared + random.standard_normal((num, 8, 4)) * math.sqrt(1 - correlation)
+        t = values.mean(axis=2) / (values.std(axis=2, ddof=1) / 2)
+        p_values = 2 * stdtr(3, -abs(t))
+        wrong = np.mean([min(holm(row)) <= 0.05 for row in p_values])
+        assert wrong <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / num)
+        assert np.mean((p_values <= 0.05).any(axis=1)) > 0.1  # without it

@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 from opdjax.config import Config, EstimatorConfig, EvaluationConfig, TrainConfig
-from opdjax.config.grid import arms, points, product, seeds
+from opdjax.config.grid import SCORED_ON, arms, points, product, rate_grid, seeds
 from opdjax.config.validation import to_dict
 
 DATA = {
@@ -40,11 +40,16 @@ BASE = Config(
 )
 
 
-def make(directory, scores, *, pair="mini", seeds_of=None, base=BASE, **more):
+GRID = (1e-6, BASE.optimizer.learning_rate, 1e-4)
+
+
+def make(directory, scores, *, pair="mini", seeds_of=None, base=BASE, grids=None, **more):
     """A sweep with these arms, and a run for each score: `{"opd": (0.5, 0.6)}` are seeds 0 and 1,
     None a run that is not there.
 
-    A score may be a mapping, of benchmarks; `more` of `run_of`.
+    A score may be a mapping, of benchmarks; `more` of `write_point`. Each arm has a grid of
+    learning rates, whose best is that of the comparison; `grids` gives the scores of the rates of
+    an arm instead, `{}` none.
     """
     wanted = arms({name: {"estimator": RECIPES[name], **_source(name)} for name in scores})
     made = points(
@@ -53,6 +58,13 @@ def make(directory, scores, *, pair="mini", seeds_of=None, base=BASE, **more):
             arms({pair: {}}, "pair"), wanted, seeds(seeds_of or max(map(len, scores.values())))
         ),
     )
+    tuned = product(arms({pair: {}}, "pair"), wanted)
+    default = {name: dict(zip(GRID, (0.1, 0.2, 0.15))) for name in scores}
+    for point in points(base, rate_grid(tuned, GRID, {"source": "validation.jsonl"}, 100)):
+        rates = (default if grids is None else default | grids).get(point.overrides["arm"], {})
+        rate = point.config.optimizer.learning_rate
+        if rate in rates:
+            write_point(directory, point, rates[rate])
     for point in made:
         values = scores[point.overrides["arm"]]
         seed = point.config.seed
@@ -74,8 +86,13 @@ def write_point(
     data=DATA,
     environment=ENVIRONMENT,
     metrics=None,
+    per_prompt=None,
+    attempt=None,
 ):
-    """One point; its result where it has a score."""
+    """One point; its result where it has a score. `metrics` by arm are further ones of all steps,
+    `per_prompt` by arm and seed the right ones of 8 answers to each prompt, `attempt` gives a
+    point's (start, end).
+    """
     workdir = directory / point.id
     workdir.mkdir(parents=True)
     config = to_dict(point.config)
@@ -98,9 +115,22 @@ def write_point(
         evaluation(step, value) for step, value in (curve or {}).get(arm, ((0, start), (40, score)))
     ]
     lines = [
-        {"step": step, "time/step": 0.5, "grad/norm": 2.0, **(metrics or {}).get(arm, {})}
+        {
+            "step": step,
+            "time/step": 0.5,
+            "grad/norm": 2.0,
+            "loss/objective": f"{arm}, seed {point.config.seed}",  # no two arms train alike
+            **(metrics or {}).get(arm, {}),
+        }
         for step in range(1, 41)
     ]
+    right = (per_prompt or {}).get((arm, point.config.seed))
+    if right is not None and SCORED_ON not in point.overrides:
+        result["eval_after"]["per_prompt"] = right
+    if attempt is not None:
+        start, end = attempt(point)
+        events = [{"event": "start", "host": "h", "time": start}, {"event": "end", "time": end}]
+        (workdir / "attempts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in events))
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     (workdir / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (workdir / "result.json").write_text(json.dumps(result))

@@ -9,7 +9,9 @@ import math
 import pytest
 import study
 
-from opdjax.report.papers.compare import PaperClaim, PaperColumn, PaperTable, Row, compare, reader
+from opdjax.report.papers.cells import reader
+from opdjax.report.papers.compare import compare
+from opdjax.report.papers.tables import PaperClaim, PaperColumn, PaperTable, Row
 from opdjax.runs.results import read_points
 from opdjax.runs.workdir import WorkdirError
 
@@ -17,9 +19,9 @@ T_OF_2 = 4.302652729749464  # Student's t, two degrees of freedom, 0.975 (any ta
 MINI = PaperColumn("mini", pair="mini")
 
 
-def table(*claims, columns=(MINI,), rows=None):
+def table(*claims, columns=(MINI,), rows=None, **more):
     rows = rows or (Row("a", "opd"), Row("b", "vopd"))
-    return PaperTable("t", "p", "title", "settings", tuple(columns), tuple(rows), tuple(claims))
+    return PaperTable("t", "p", "title", "settings", *map(tuple, (columns, rows, claims)), **more)
 
 
 def verdict(directory, claim, **more):
@@ -59,8 +61,9 @@ def test_a_cell_is_the_mean_over_seeds_with_students_interval(tmp_path):
 )
 def test_verdicts_are_of_differences_paired_by_seed(tmp_path, kind, margin, right, status):
     study.make(tmp_path, {"opd": (0.50, 0.52, 0.54), "vopd": right})
-    found = verdict(tmp_path, PaperClaim(kind, "text", "a", "b", "mini", margin))
-    assert (found.status, found.n) == (status, 3)
+    claim = PaperClaim(kind, "text", "a", "b", "mini", 0.0 if kind == "equal" else margin)
+    found = verdict(tmp_path, claim, equivalence=margin)
+    assert (found.status, found.n, found.over) == (status, 3, "seeds")
     if right[0] == 0.47:
         half = T_OF_2 * 0.01 / math.sqrt(3)
         assert found.difference == pytest.approx((0.03, half))
@@ -109,7 +112,8 @@ def test_the_share_of_a_gap_that_is_closed(tmp_path):
     # (0.5 - 0.2) / (0.7 - 0.2) and so on: 0.6, 0.8, 1.0 ± 4.303 * 0.2 / sqrt 3 = 0.497; one teacher
     # stands for all seeds.
     assert found[0].difference == pytest.approx((0.8, T_OF_2 * 0.2 / math.sqrt(3)))
-    assert [each.status for each in found] == ["reproduced", "inconclusive", "contradicted"]
+    assert [each.status for each in found] == ["reproduced", "inconclusive", "not testable here"]
+    assert found[2].reason == "no arm closes 1.5 of the gap; the best, opd, closes 0.8"
 
 
 def test_one_seed_decides_nothing_and_no_pair_is_not_run(tmp_path):
@@ -132,7 +136,7 @@ RACE = (Row("fast", "ropd"), Row("slow", "lopd"))
 
 def race(directory, fast, slow=((0, 0.3), (10, 0.4), (20, 0.5), (30, 0.6), (40, 0.55)), margin=2.0):
     study.make(
-        directory, {"ropd": (0.5, 0.5), "lopd": (0.5, 0.5)}, curve={"ropd": fast, "lopd": slow}
+        directory, {"ropd": (0.5,) * 6, "lopd": (0.5,) * 6}, curve={"ropd": fast, "lopd": slow}
     )
     claim = PaperClaim("ratio", "text", "slow", "fast", "prompts", margin)
     return compare(table(claim, columns=SPENT, rows=RACE), read_points(directory))
@@ -152,13 +156,13 @@ def test_what_was_spent_until_as_good_as_anothers_best(tmp_path):
 
 
 def test_a_run_that_never_was_as_good_is_told_and_decides_nothing(tmp_path):
-    found = race(tmp_path, ((0, 0.3), (40, 0.5)))
-    assert found.cells["fast"]["prompts"].by_seed == {0: 640, 1: 640}
-    assert found.cells["fast"]["prompts"].censored == (0, 1)
+    found = race(tmp_path, ((0, 0.3), (10, 0.4), (40, 0.5)))
+    assert found.cells["fast"]["prompts"].by_seed == dict.fromkeys(range(6), 640)
+    assert found.cells["fast"]["prompts"].censored == (0, 1, 2, 3, 4, 5)
     assert found.verdicts[0].status == "contradicted"  # 480 / 640 at most
     # 0.75 is above a half, but would not be had the fast one gone on for long.
     assert (
-        race(tmp_path / "more", ((0, 0.3), (40, 0.5)), margin=0.5).verdicts[0].status
+        race(tmp_path / "more", ((0, 0.3), (10, 0.4), (40, 0.5)), margin=0.5).verdicts[0].status
         == "inconclusive"
     )
 

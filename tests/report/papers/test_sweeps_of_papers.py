@@ -13,7 +13,8 @@ import study
 
 from opdjax.config.experiments import load_sweep
 from opdjax.estimators import estimator_of
-from opdjax.report.papers.compare import compare, paper_tables
+from opdjax.report.papers.compare import compare
+from opdjax.report.papers.tables import paper_tables
 from opdjax.runs.results import read_points
 
 SWEEPS = pathlib.Path(__file__).parents[3] / "experiments" / "sweeps"

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from opdjax.config.validation import ConfigError
-from opdjax.report.papers import compare
-from opdjax.report.papers.compare import MARKS, load, paper_tables, reader
+from opdjax.report.papers import tables
+from opdjax.report.papers.cells import reader
+from opdjax.report.papers.tables import MARKS, load, paper_tables
 
 GOOD = {
     "paper": "a paper",
@@ -60,7 +61,7 @@ def written(tmp_path):
 def test_a_good_file_is_read(written):
     (table,) = load(written((), None))
     assert (table.name, table.paper, len(table.rows), len(table.claims)) == ("t", "a paper", 3, 2)
-    assert table.rows[0].value(0) == compare.Value(58.7, "N")
+    assert table.rows[0].value(0) == tables.Value(58.7, "N")
     assert [table.rows[0].value(1), table.rows[1].value(0)] == [None, None]
 
 
@@ -105,6 +106,6 @@ def test_a_papers_table_is_whole(name):
 
 
 def test_every_file_of_a_paper_is_read():
-    files = pathlib.Path(compare.__file__).parent.glob("*.yaml")
-    assert {file.stem for file in files} == set(compare.PAPERS)
+    files = pathlib.Path(tables.__file__).parent.glob("*.yaml")
+    assert {file.stem for file in files} == set(tables.PAPERS)
     assert all(dataclasses.asdict(table)["rows"] for table in paper_tables().values())
