@@ -98,6 +98,8 @@ class JudgeServer(http.server.ThreadingHTTPServer):
     def __init__(self, options: argparse.Namespace):
         super().__init__((HOST, options.port), Handler)
         self.options, self.lock, self.is_down = options, threading.Lock(), False
+        rates = options.false_accepts, options.false_rejects
+        self.errors = rules.Errors(*rates, options.seed)
         self.url = f"http://{HOST}:{self.server_port}/v1"
         self.idle: set[socket.socket] = set()  # connections that wait for a request
         self.stats = {"requests": 0, "connections": 0, "in_flight": 0, "max_in_flight": 0}
@@ -224,7 +226,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             self.send_error(400, str(error))
             return
-        options, document = self.server.options, rules.reply_document(request)
+        options, document = self.server.options, rules.reply_document(request, self.server.errors)
         with self.server.lock:
             self.server.stats["roles"][rules.role_of(request["messages"]) or "other"] += 1
         fault, pick = self.server.fault(body, document)
@@ -276,7 +278,10 @@ def parsed(words: list[str]) -> argparse.Namespace:
     add("--faults", type=float, default=0.0, help="share of requests that fail, from 0 to 1")
     kinds = "kinds of faults, separated by commas; default: %(default)s"
     add("--fault-kinds", default=",".join(FAULTS), help=kinds)
-    add("--seed", type=int, default=0, help="selects the requests that fail")
+    unmet, met = "share of unmet criteria called met", "share of met criteria called not met"
+    add("--false-accepts", type=float, default=0.0, help=unmet)
+    add("--false-rejects", type=float, default=0.0, help=met)
+    add("--seed", type=int, default=0, help="selects the requests that fail and wrong verdicts")
     add("--hang", type=float, default=5.0, help="seconds until a timeout fault ends the connection")
     down = "number of requests after which connections are refused; 0: never"
     add("--down-after", type=int, default=0, help=down)
@@ -284,8 +289,10 @@ def parsed(words: list[str]) -> argparse.Namespace:
     given.fault_kinds = tuple(filter(None, given.fault_kinds.split(",")))
     if unknown := ", ".join(set(given.fault_kinds) - set(FAULTS)):
         parser.error(f"--fault-kinds is {unknown}; expected some of {', '.join(FAULTS)}")
-    if not 0 <= given.faults <= 1:
-        parser.error(f"--faults is {given.faults}; expected a share from 0 to 1")
+    for name in ("faults", "false_accepts", "false_rejects"):
+        if not 0 <= (share := getattr(given, name)) <= 1:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} is {share}; expected a share from 0 to 1")
     if min(given.latency, given.hang, given.down_after) < 0:
         parser.error("--latency, --hang and --down-after must be 0 or more")
     return given

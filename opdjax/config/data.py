@@ -30,9 +30,10 @@ _TEMPLATES: Mapping[str, tuple[Literal["chat", "raw"], bool | None]] = {
 class DataConfig(Section):
     """The prompts and how each model sees them."""
 
-    # arithmetic:SPLIT for the built-in task, instructions:SPLIT for built-in instructions without
-    # answers, tasks:NAME#SPLIT for a task of reasoning-gym, a .jsonl, .json, .csv or .parquet file,
-    # parquet:PATH (directory or pattern), hf:NAME[@CONFIG]#SPLIT, or
+    # arithmetic:SPLIT for the built-in task, stories:SPLIT for built-in word problems,
+    # instructions:SPLIT for built-in instructions without answers, tasks:NAME#SPLIT for a task of
+    # reasoning-gym, a .jsonl, .json, .csv or .parquet file, parquet:PATH (directory or pattern),
+    # hf:NAME[@CONFIG]#SPLIT, or
     # tfds:NAME[/CONFIG][:VERSION]#SPLIT. NAME may be a directory (./DIR, /DIR, gs://BUCKET/DIR).
     # SPLIT may be a slice such as train[:10%]; of what is built in a slice of rows such as
     # train[:640]. preset:NAME: published data, such as preset:dapo_math_17k (preset:NAME=SOURCE: a

@@ -204,7 +204,8 @@ class Config(Section):
         if self.evaluation.grader != "auto":
             return self.evaluation.grader
         source = self.evaluation.source or self.data.source
-        chosen = {"arithmetic": "gsm8k", "tasks": "tasks"}.get(source.partition(":")[0])
+        graders = {"arithmetic": "gsm8k", "stories": "gsm8k", "tasks": "tasks"}
+        chosen = graders.get(source.partition(":")[0])
         return chosen or grader_of(source) or "last_number"
 
     @property

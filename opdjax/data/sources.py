@@ -1,6 +1,7 @@
 """Data sources: where rows are stored, read as plain dictionaries.
 
     arithmetic:SPLIT                    the built-in task
+    stories:SPLIT                       built-in word problems
     instructions:SPLIT                  built-in instructions without answers
     tasks:NAME#SPLIT                    a task of the package reasoning-gym
     FILE.jsonl, FILE.json               JSON lines, or one list of objects
@@ -36,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from opdjax.config.validation import MissingExtraError
-from opdjax.data.tasks import arithmetic, instructions, reasoning
+from opdjax.data.tasks import arithmetic, instructions, reasoning, stories
 from opdjax.runs.bounds import (
     CONFIG_BYTES,
     EXPANDED_BYTES,
@@ -53,9 +54,9 @@ from opdjax.runs.object_store import is_remote, local_copy
 Rows = Iterator[tuple[str, dict[str, Any]]]  # (place for error messages, row)
 Reader = Callable[..., Rows]
 _EXPECTED = (
-    "arithmetic:SPLIT, instructions:SPLIT, tasks:NAME#SPLIT, a .jsonl, .json, .csv or .parquet "
-    "file, parquet:PATH, hf:NAME[@CONFIG]#SPLIT, tfds:NAME[/CONFIG][:VERSION]#SPLIT, preset:NAME, "
-    "suite:NAME or mix:WEIGHT*SOURCE+WEIGHT*SOURCE"
+    "arithmetic:SPLIT, stories:SPLIT, instructions:SPLIT, tasks:NAME#SPLIT, a .jsonl, .json, .csv "
+    "or .parquet file, parquet:PATH, hf:NAME[@CONFIG]#SPLIT, tfds:NAME[/CONFIG][:VERSION]#SPLIT, "
+    "preset:NAME, suite:NAME or mix:WEIGHT*SOURCE+WEIGHT*SOURCE"
 )
 SKIP_ADVICE = "repair the row, or leave out such rows with --data.skip-bad-rows"
 _CHUNK = 1024  # rows converted to Python values at a time
@@ -222,6 +223,13 @@ def _arithmetic(split: str) -> list[dict[str, Any]]:
     return [
         {"prompt": each.prompt, "answer": each.answer, "reference": each.reference}
         for each in arithmetic.problems(split)
+    ]
+
+
+def _stories(split: str) -> list[dict[str, Any]]:
+    return [
+        {"prompt": each.prompt, "answer": each.answer, "reference": stories.solution(each, 0)}
+        for each in stories.problems(split)
     ]
 
 
@@ -447,6 +455,7 @@ def _extra(kind: str) -> Iterator[None]:
 
 _READERS = {
     "arithmetic": _built_in("arithmetic", _arithmetic),
+    "stories": _built_in("stories", _stories),
     "instructions": _built_in("instructions", _instructions),
     "tasks": _built_in("tasks", reasoning.rows),
     "parquet": _parquet,

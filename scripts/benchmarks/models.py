@@ -60,13 +60,13 @@ def decoder_of(raw: dict[str, Any]) -> DecoderConfig:
 
 
 def write_model(params: dict, raw: dict[str, Any], tokenizer: Any, out: pathlib.Path) -> None:
-    """Write a Hugging Face directory with these weights, float32; an existing one is replaced."""
+    """Write a Hugging Face directory, in the dtype of `raw`; an existing one is replaced."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         ids = {"eos_token_id": raw["eos_token_id"], "pad_token_id": raw["pad_token_id"]}
         pathlib.Path(folder, "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
         parts = pathlib.Path(folder), raw, family_of(raw), decoder_of(raw)
-        source = Checkpoint(*parts, (raw["eos_token_id"],), "float32")
+        source = Checkpoint(*parts, (raw["eos_token_id"],), raw["dtype"])
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         export(params, source, out)

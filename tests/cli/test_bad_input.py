@@ -232,7 +232,7 @@ DATA = {
     "a table of another kind": (
         "DataError",
         lambda p: p.train("--data.source", "x.xlsx"),
-        "'x.xlsx' is not known; expected arithmetic:SPLIT, instructions:SPLIT, tasks:NAME#SPLIT, ",
+        "'x.xlsx' is not known; expected arithmetic:SPLIT, stories:SPLIT, instructions:SPLIT, ",
     ),
     "an empty file": (
         "DataError",

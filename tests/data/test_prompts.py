@@ -214,8 +214,9 @@ def test_an_empty_file_is_refused(write, lines):
         ("/nowhere/rows.jsonl", "data source /nowhere/rows.jsonl does not exist"),
         (
             "gsm8k",
-            r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, instructions:SPLIT, "
-            r"tasks:NAME#SPLIT, a \.jsonl, \.json, \.csv or \.parquet file, parquet:PATH, hf:",
+            r"data source 'gsm8k' is not known; expected arithmetic:SPLIT, stories:SPLIT, "
+            r"instructions:SPLIT, tasks:NAME#SPLIT, "
+            r"a \.jsonl, \.json, \.csv or \.parquet file, parquet:PATH, hf:",
         ),
         (
             "huggingface:gsm8k",

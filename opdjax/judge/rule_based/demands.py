@@ -38,18 +38,19 @@ BEFORE = "the result of the step before it"
 NOT_MET, PARTLY_MET, MET = 0, 1, 2
 # No task has longer numbers; int() refuses more than some thousand digits.
 _DIGITS = "[0-9]{1,18}"
-_STEP = rf"(-?{_DIGITS})([+-]{_DIGITS})=(-?{_DIGITS})"
+_STEP = rf"(-?{_DIGITS})([-+*/]{_DIGITS})=(-?{_DIGITS})"
+_SUM_STEP = _STEP.replace("[-+*/]", "[+-]")
 # Not inside a longer sum or number: 34-17+25=42 does not contain the step 17+25=42.
-_STEPS = re.compile(rf"(?<![0-9.=+\-]){_STEP}(?![0-9=+\-]|\.[0-9])")
+_STEPS = re.compile(rf"(?<![0-9.=+*/\-]){_STEP}(?![0-9=+*/\-]|\.[0-9])")
 _VALUE = re.compile(rf"#\s*(-?{_DIGITS})(?![0-9]|[.,][0-9])")
-_FORM = re.compile(rf"\s*{_STEP}(?:;{_STEP})*#-?{_DIGITS}(?![0-9]|[.,][0-9])")
+_FORM = re.compile(rf"\s*{_SUM_STEP}(?:;{_SUM_STEP})*#-?{_DIGITS}(?![0-9]|[.,][0-9])")
 _SUM = re.compile(rf"(?<![0-9.])(-?{_DIGITS}(?:[+-]{_DIGITS})+)(?![0-9])(=?)")
 _TERM = re.compile(rf"[+-]?{_DIGITS}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """`left term = result`; the term is the right operand with its sign, such as `-17`."""
+    """`left term = result`; the term is the right operand with its sign, such as `-17` or `*3`."""
 
     left: int
     term: str
@@ -64,20 +65,32 @@ class Step:
         return f"{self.left}{self.term}={self.result}"
 
     @property
-    def change(self) -> int:
-        """The term's value."""
-        return int(self.term)
+    def change(self) -> int | None:
+        """The value of a term that is added; None of a factor or divisor."""
+        return int(self.term) if self.term[0] in "+-" else None
+
+    @property
+    def total(self) -> int:
+        """The right result; of a division, the whole part."""
+        sign, number = self.term[0], int(self.term[1:])
+        if sign == "*":
+            return self.left * number
+        if sign == "/":
+            return self.left // number if number else 0
+        return self.left + int(self.term)
 
     @property
     def holds(self) -> bool:
         """Whether the result is correct."""
-        return self.result == self.left + self.change
+        if self.term[0] == "/":
+            return self.left == self.result * int(self.term[1:]) and int(self.term[1:]) > 0
+        return self.result == self.total
 
     @property
     def operands(self) -> tuple[str | int, ...]:
         """The sign and the operands; 17+25 and 25+17 are equal."""
-        pair = self.left, self.change
-        return ("+", *sorted(pair)) if self.term[0] == "+" else ("-", *pair)
+        sign, pair = self.term[0], (self.left, int(self.term[1:]))
+        return (sign, *(sorted(pair) if sign in "+*" else pair))
 
     @property
     def key(self) -> tuple[str | int, ...]:
@@ -150,7 +163,7 @@ def _parts(criterion: str, answer: WorkedAnswer) -> list[bool]:
 def _without_spaces(text: str) -> str:
     """The text without spaces around signs."""
     # Runs of spaces first: searching them together with the signs takes quadratic time.
-    return re.sub(r" ?([-+=#;]) ?", r"\1", re.sub(r"[ \t]+", " ", text))
+    return re.sub(r" ?([-+*/=#;]) ?", r"\1", re.sub(r"[ \t]+", " ", text))
 
 
 def _has_step(answer: WorkedAnswer, text: str) -> list[bool]:
@@ -214,7 +227,7 @@ _follows_last = lambda answer: [answer.value == step.result for step in answer.s
 _begins = lambda step, before, start: step.left == (before if start == BEFORE else int(start))
 _applies = lambda step, before, term: step.change == int(term)
 _CHECKS: tuple[tuple[re.Pattern, Callable[..., list[bool]]], ...] = (
-    (_sentence(STEP, rf"{_WHOLE}{_SIGNED}={_WHOLE}"), _has_step),
+    (_sentence(STEP, _STEP.replace("(", "").replace(")", "")), _has_step),
     (_sentence(VALUE, _WHOLE), _has_value),
     (_sentence(LAST), _follows_last),
     (_sentence(FORM), _form),

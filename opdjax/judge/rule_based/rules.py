@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import hashlib
 import itertools
 import json
 import math
@@ -48,14 +50,36 @@ class Demand:
     is_spare: bool = False  # used only to reach the rubric's minimum length
 
 
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """How often a verdict is wrong. Which ones is a hash of the seed, the criterion and the answer:
+    a repeated question gets the same verdict.
+    """
+
+    false_accepts: float = 0.0  # share of the unmet criteria that the judge calls met
+    false_rejects: float = 0.0  # share of the met criteria that it calls not met
+    seed: int = 0
+
+    def verdict(self, right: int, criterion: str, answer: str) -> int:
+        """The verdict on a criterion whose right one is `right`."""
+        text = "\0".join((str(self.seed), criterion, answer))
+        draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+        if right == demands.MET:
+            return demands.NOT_MET if draw < self.false_rejects else right
+        return demands.MET if draw < self.false_accepts else right
+
+
+NO_ERRORS = Errors()
+
+
 async def answer(request: Document) -> bytes:
     """The body of the response to a chat-completion request."""
     return json.dumps(completion(request, json.dumps(reply_document(request)))).encode()
 
 
-def reply_document(request: Document) -> Document:
+def reply_document(request: Document, errors: Errors = NO_ERRORS) -> Document:
     """The judge's reply, without keys that the request's schema excludes."""
-    return _fitted(reply_to(request["messages"]), requested_schema(request))
+    return _fitted(reply_to(request["messages"], errors), requested_schema(request))
 
 
 def requested_schema(request: Document) -> Any:
@@ -96,15 +120,17 @@ def completion(request: Document, text: str, finish_reason: str = "stop") -> Doc
     }
 
 
-def reply_to(messages: Sequence[Mapping[str, Any]]) -> Document:
-    """The JSON object with which the judge replies to a chat; never raises.
+def reply_to(messages: Sequence[Mapping[str, Any]], errors: Errors = NO_ERRORS) -> Document:
+    """The JSON object with which the judge replies to a chat; never raises. A verifier is wrong at
+    the rates of `errors`.
 
     A chat without a judge's prompt gets `{"note": ...}`.
     """
     prompt, role = _prompt(messages), role_of(messages)
     if role is None:
         return {"note": _NO_PROMPT}
-    replies = {"rubricator": _rubric, "verifier": _verdicts, "scalar_judge": _scores}
+    verdicts = functools.partial(_verdicts, errors=errors)
+    replies = {"rubricator": _rubric, "verifier": verdicts, "scalar_judge": _scores}
     reply = replies.get(role, _reflection)
     return reply(read_blocks(prompt), _BLOCK.sub("", prompt))
 
@@ -281,11 +307,12 @@ def _majority(values: Sequence[Hashable], count: int) -> Any:
     return most if 2 * times > count else None
 
 
-def _verdicts(blocks: Blocks, words: str) -> Document:
+def _verdicts(blocks: Blocks, words: str, errors: Errors) -> Document:
     is_graded, criteria = _GRADED.search(words) is not None, blocks.get("criterion", ())
 
-    def verdicts(answer: WorkedAnswer) -> list[int] | list[bool]:
-        grades = [grade(criterion, answer) for criterion in criteria]
+    def verdicts(text: str) -> list[int] | list[bool]:
+        answer = read_answer(text)
+        grades = [errors.verdict(grade(each, answer), each, text) for each in criteria]
         return grades if is_graded else [value == demands.MET for value in grades]
 
     return _per_answer(blocks, "verdicts", verdicts)
@@ -295,15 +322,16 @@ def _scores(blocks: Blocks, words: str) -> Document:
     """0.5 for the form, 0.5 for the value that the judge computes itself."""
     task = _task(blocks)
 
-    def score(answer: WorkedAnswer) -> float:
+    def score(text: str) -> float:
+        answer = read_answer(text)
         return 0.5 * answer.is_formed + 0.5 * (bool(task) and answer.value == task[-1].result)
 
     return _per_answer(blocks, "score", score)
 
 
 def _per_answer(blocks: Blocks, name: str, judge) -> Document:
-    answers = enumerate(map(read_answer, blocks.get("answer", ())), 1)
-    return {"answers": [{"answer_index": n, name: judge(answer)} for n, answer in answers]}
+    answers = enumerate(blocks.get("answer", ()), 1)
+    return {"answers": [{"answer_index": n, name: judge(text)} for n, text in answers]}
 
 
 def _reflection(blocks: Blocks, words: str) -> Document:
@@ -314,7 +342,7 @@ def _reflection(blocks: Blocks, words: str) -> Document:
 
 def _first_wrong_step(answer: WorkedAnswer, task: Sequence[Step]) -> str | None:
     # If the question has no sum, only the answer's own sums can be checked.
-    corrected = lambda step: dataclasses.replace(step, result=step.left + step.change)
+    corrected = lambda step: dataclasses.replace(step, result=step.total)
     expected = task or map(corrected, answer.steps)
     for number, (found, right) in enumerate(itertools.zip_longest(answer.steps, expected), 1):
         if found is None:

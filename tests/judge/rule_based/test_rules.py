@@ -15,7 +15,7 @@ from opdjax.data.tasks.arithmetic import problems
 from opdjax.judge.judgement import group_of, judge_group
 from opdjax.judge.reflection import reflect
 from opdjax.judge.replies import Reply
-from opdjax.judge.rule_based import demands
+from opdjax.judge.rule_based import demands, rules
 from opdjax.judge.rule_based.demands import Step, grade, read_answer, read_task
 from opdjax.judge.rule_based.rules import reply_to, role_of
 from opdjax.judge.structured_output import Judge
@@ -309,3 +309,21 @@ def test_long_answers_take_no_longer_than_their_length(unit):
     # fall into one.
     short, long = (min(seconds(length) for _ in range(5)) for length in (6000, 24000))
     assert long < 8 * short + 0.005
+
+
+def test_verdicts_are_wrong_at_the_stated_rates_and_stay_the_same():
+    errors, texts = rules.Errors(false_accepts=0.1, false_rejects=0.3, seed=1), range(4000)
+    for right, rate in ((demands.NOT_MET, 0.1), (demands.PARTLY_MET, 0.1), (demands.MET, 0.3)):
+        given = [errors.verdict(right, "c", f"answer {n}") for n in texts]
+        assert given == [errors.verdict(right, "c", f"answer {n}") for n in texts]
+        # The standard error of 4000 draws is at most 0.0075.
+        assert abs(sum(one != right for one in given) / 4000 - rate) < 0.03
+
+
+def test_steps_with_factors_and_divisors_are_checked():
+    answer = read_answer("Then 7 * 3 = 21. One part is 21 / 7 = 3. 7 / 2 = 3. 2 * 2 = 5. #### 5")
+    assert [step.holds for step in answer.steps] == [True, True, False, False]
+    assert answer.value == 5
+    assert grade("The answer contains the step 3*7=21.", answer) == demands.MET
+    assert grade("The answer contains the step 2*2=4.", answer) == demands.PARTLY_MET
+    assert grade("The answer contains the step 7/21=3.", answer) == demands.NOT_MET
