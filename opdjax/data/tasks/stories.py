@@ -1,4 +1,4 @@
-"""The built-in word problems: two to five changes of a number of things, told as a story.
+"""The built-in word problems: two to five changes of a number of things, worded as a story.
 
 A problem has many right solutions, which differ in words, detail and, where it is possible, in the
 order of the steps. Every solution ends in `#### 42`. Numbers are whole, from 0 to 400.
