@@ -124,7 +124,9 @@ class Workload:
         """The parameters of the teacher, or of the reference policy."""
         if self.teacher is None and not self.has_reference:
             return self.published
-        weights = self.config.train.frozen_weights
+        config = self.config
+        # As the run loads them: a reference policy is held as the base of adapters is.
+        weights = config.base_weights if self.has_reference else config.train.frozen_weights
         return self.params(self.scoring_model, self.dtype, self.scoring_split, weights)
 
     def batch(self) -> TrainBatch:

@@ -42,8 +42,9 @@ def compare(table: PaperTable, points: Sequence[Point]) -> Comparison:
     point, or if rows of one column were evaluated on different prompts or in different ways.
     """
     reading = functools.cache(read_run)
+    compared = [point for point in points if SCORED_ON not in point.overrides]
     grids = [point for point in points if SCORED_ON in point.overrides]
-    available = [*seed_groups([each for each in points if each not in grids]), *seed_groups(grids)]
+    available = [*seed_groups(compared), *seed_groups(grids)]
     places = [(row, column) for row in table.rows for column in table.columns]
     found = {(row.label, of.label): find(row, of, available, reading) for row, of in places}
     tuning = lambda own: tuning_of(own[0], available, reading) if own else None

@@ -49,7 +49,7 @@ class PaperColumn:
     """A quantity, how it is read from a run, and the pair of models that it applies to."""
 
     label: str
-    # See `compare.reader`. Empty: only the paper has this number, no run here can have it.
+    # See `cells.reader`. Empty: only the paper has this number, no run here can have it.
     read: str = "avg@k"
     pair: str = ""  # label of the column's points in addition to the row's arm; empty: any
     unit: str = ""
