@@ -38,10 +38,9 @@ def load_student(setup: Setup) -> tuple[Params, Params | None]:
         adapters = jax.jit(
             lambda: constrain(init_adapters(student.config, config.lora, config.seed), mesh)
         )()
-    if is_continued:
-        return adapters, load_base(setup, config.base_weights)
-    # Adapters start at 0, so the student without them is the reference policy: one copy is enough.
-    if setup.reference_policy is not None:
+    # New adapters start at 0, so the student without them is the reference policy: one copy is
+    # enough.
+    if setup.reference_policy is not None and not is_continued:
         return adapters, setup.reference_policy.params
     return adapters, load_base(setup, config.base_weights)
 

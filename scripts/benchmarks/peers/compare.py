@@ -53,8 +53,10 @@ def peers(options: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # this process only writes the inputs
     sizes = TINY if options.tiny else SIZES
     if options.pair:
-        sizes |= {"new": 48, "batch": 8, "dtype": options.dtype}
+        sizes = sizes | {"new": 48, "batch": 8, "dtype": options.dtype}
         inputs = pretrained_inputs(ROOT / "pair", *options.pair, sizes["prompt"])
+    elif options.dtype != "float32":
+        raise ValueError(f"--dtype {options.dtype} needs --pair; expected float32 without it")
     else:
         inputs = write_inputs(ROOT / "models")
     workers: dict[str, list[Worker]] = {}
